@@ -48,7 +48,7 @@ def project_root(
     raise UserError(f"No project found at or above {start}: no folder there holds settings.ini and configs/. "
                     "Start from inside a checkout of weighted-mtp.")
 
-# %% ../nbs/00_config.ipynb #2fa47b8a
+# %% ../nbs/00_config.ipynb #3ff9e536
 @dataclass
 class Experiment:
     name: str = 'run' # Name of the run; also its folder under storage/checkpoints/<pipeline>/
@@ -60,6 +60,7 @@ class Experiment:
 class Dataset:
     train: str = '' # JSONL of solutions, one a line
     validation: str = ''
+    test: str|None = None # Judged once, after training, with the best checkpoint
     max_length: int = 2048 # Prompt and response together, in tokens
     embedded: bool = False # Make the embedded default in the folder of `train` if it is not there
     n_problems: int|None = None # Embedded default: training problems (null: the generator's default)
@@ -140,7 +141,7 @@ class Training:
     k_percent: float = 0.7 # rho1: share of tokens kept, per head
     rho1_mode: str = 'signed' # signed | absolute | difficult
 
-# %% ../nbs/00_config.ipynb #532575b1
+# %% ../nbs/00_config.ipynb #66205ecf
 @dataclass
 class Checkpoint:
     save_dir: str = 'storage/checkpoints/${pipeline}/${experiment.name}'
@@ -157,7 +158,7 @@ class Distributed:
 
 @dataclass
 class Mlflow:
-    tracking_uri: str = 'sqlite:///storage/mlflow.db' # A server's address, or a database file
+    tracking_uri: str|None = None # A server, or sqlite:///FILE (null: MLFLOW_TRACKING_URI, else sqlite:///storage/mlflow.db)
     experiment: str = 'weighted-mtp'
 
 @dataclass
@@ -225,7 +226,7 @@ def _problems(config): # every impossible value, in words
         if not (v >= low if closed else v > low) or (high is not None and v > high): # also catches nan
             yield f"{key} = {v}: must be {_range_text(low, high, closed)}."
 
-# %% ../nbs/00_config.ipynb #ed7dd98a
+# %% ../nbs/00_config.ipynb #6414b2f7
 def _relations(config): # values that are possible alone but not together
     t, s, c = config.training, config.data_sampling, config.critic
     if t.weight_clip_min > t.weight_clip_max:
@@ -243,7 +244,7 @@ def _relations(config): # values that are possible alone but not together
         yield f"model.hidden_size = {config.model.hidden_size} is not a multiple of model.n_heads = {config.model.n_heads}."
     if not config.experiment.name or Path(config.experiment.name).name != config.experiment.name or config.experiment.name == '..':
         yield f"experiment.name = {config.experiment.name!r}: must be a plain folder name."
-    if '@' in (urlsplit(config.mlflow.tracking_uri).netloc or ''):
+    if '@' in urlsplit(config.mlflow.tracking_uri or '').netloc:
         yield "mlflow.tracking_uri holds a user name or password: put them into .env (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)."
 
 # %% ../nbs/00_config.ipynb #05549435

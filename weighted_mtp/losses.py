@@ -18,22 +18,24 @@ def masked_mean(
     mask = mask.bool()
     return torch.where(mask, x.float(), 0.).sum(-1) / mask.sum(-1).clamp(min=1)
 
-# %% ../nbs/02_losses.ipynb #6d4a73f6
+# %% ../nbs/02_losses.ipynb #af161a68
 def pairwise_loss(
-    values_pos, mask_pos, # (B, T) of the correct solutions
+    values_pos, mask_pos, # (B, T) of the correct solutions, any float dtype
     values_neg, mask_neg, # (B, T') of the wrong ones, in the same order
-): # Scalar float32: mean over the pairs
-    "Bradley-Terry loss on mean values (Bradley and Terry 1952; as in Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."
-    return F.softplus(masked_mean(values_neg, mask_neg) - masked_mean(values_pos, mask_pos)).mean()
+): # Scalar float32: mean over the pairs whose two sides have tokens, 0 if there are none
+    "Bradley-Terry loss -log sigmoid(v+ - v-) on mean values (Bradley and Terry 1952; as in Ouyang et al. 2022, arXiv 2203.02155, eq. 1)."
+    both = mask_pos.bool().any(-1) & mask_neg.bool().any(-1)
+    margin = masked_mean(values_pos, mask_pos) - masked_mean(values_neg, mask_neg)
+    return torch.where(both, F.softplus(-margin), 0.).sum() / both.sum().clamp(min=1)
 
-# %% ../nbs/02_losses.ipynb #c81bec2d
+# %% ../nbs/02_losses.ipynb #5d086aec
 def value_loss(
-    values, # (B, T)
+    values, # (B, T), any float dtype
     targets, # (B, T), for example `weighting.lambda_returns`; no gradient flows into them
     mask, # (B, T) response tokens
     kind:str='mse', # mse | huber (quadratic up to 1)
-): # Scalar float32
-    "Regression of values on returns. Raises `ValueError` for an unknown kind."
+): # Scalar float32: mean over tokens, then over the sequences that have any; 0 if none has
+    "Regression of values on returns (SPEC section 4; Huber 1964 with delta = 1). Raises `ValueError` for an unknown kind."
     losses = {'mse': F.mse_loss, 'huber': F.huber_loss}
     if kind not in losses: raise ValueError(f"kind = {kind!r}: allowed are {', '.join(losses)}")
     mask = mask.bool()

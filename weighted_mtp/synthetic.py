@@ -476,7 +476,7 @@ def problem_rows(
         turn = not turn
     return rows
 
-# %% ../nbs/05_synthetic.ipynb #6fe6e85c
+# %% ../nbs/05_synthetic.ipynb #ba9e6719
 def train_tokenizer(
     texts, # Iterable of str
     folder, # Where to save it
@@ -486,7 +486,7 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r'''[\d'"]'''), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r'''\d+|['"]'''), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     t.decoder = decoders.ByteLevel()
     special = ['<s>', '</s>', '<pad>']
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
@@ -533,7 +533,7 @@ def make_dataset(
     shutil.rmtree(folder, ignore_errors=True); part.replace(folder)
     return facts
 
-# %% ../nbs/05_synthetic.ipynb #54868221
+# %% ../nbs/05_synthetic.ipynb #5b8349b4
 def make_micro_model(
     folder=None, # Where to save it with its tokenizer; None: only return it
     tokenizer=None, # Its tokenizer (default: the one in `folder`)
@@ -542,13 +542,14 @@ def make_micro_model(
     n_heads:int=4,
     max_length:int=512, # Positions
     seed:int=0,
+    init:float=0.02, # Standard deviation of the initial weights
 ): # A `LlamaForCausalLM` in float32
     "A small Llama with seeded weights."
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=n_layers, num_attention_heads=n_heads, intermediate_size=round(hidden_size*11008/4096/32)*32,
-                         max_position_embeddings=max_length, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                         max_position_embeddings=max_length, initializer_range=init, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

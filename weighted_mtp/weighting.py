@@ -6,29 +6,30 @@
 __all__ = ['td_errors', 'gae_advantages', 'lambda_returns', 'lambda_schedule', 'batch_moments', 'advantage_weights',
            'RunningMoments', 'select_tokens']
 
-# %% ../nbs/01_weighting.ipynb #09d14238
+# %% ../nbs/01_weighting.ipynb #169ac3ef
 import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-# %% ../nbs/01_weighting.ipynb #33e16bde
+# %% ../nbs/01_weighting.ipynb #b44a403e
 def _positions(mask): return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
 def _previous(mask): # (B, T): position of the valid token before t, -1 if none
     at = torch.where(mask, _positions(mask), -1).cummax(1).values
-    return torch.nn.functional.pad(at[:, :-1], (1, 0), value=-1)
+    return F.pad(at[:, :-1], (1, 0), value=-1)
 
 def _next(mask): # (B, T): position of the valid token after t, T if none
     T = mask.shape[1]
     at = torch.where(mask, _positions(mask), T).flip(1).cummin(1).values.flip(1)
-    return torch.nn.functional.pad(at[:, 1:], (0, 1), value=T)
+    return F.pad(at[:, 1:], (0, 1), value=T)
 
 def _take(x, at, outside): # x at positions, `outside` where there is none
     inside = (at >= 0) & (at < x.shape[1])
     return torch.where(inside, x.gather(1, at.clamp(0, x.shape[1]-1)), outside)
 
-# %% ../nbs/01_weighting.ipynb #f841dbf0
+# %% ../nbs/01_weighting.ipynb #339b8c95
 def td_errors(
     values, # (B, T) V of each prefix, any float dtype
     mask, # (B, T) true or 1 on response tokens; holes are skipped
@@ -36,53 +37,53 @@ def td_errors(
     initial_value:float=0.5, # V before the first response token
     rewards=None, # (B,) terminal rewards; the last response token then ends at R instead of gamma V
 ): # (B, T) float32, 0 where masked
-    "TD errors delta_t = gamma V_t - V_{t-1} (Schulman et al. 2015, arXiv 1506.02438, eq. 10, without step rewards)."
+    "TD errors delta_t = gamma V_t - V_{t-1}, with V_{t-1} the previous valid token's value, `initial_value` at the first: never a prompt's (Schulman et al. 2015, arXiv 1506.02438, sec. 3, no step rewards)."
     mask, v = mask.bool(), torch.where(mask.bool(), values.float(), 0.)
-    after, before = gamma*v, _take(v, _previous(mask), torch.as_tensor(initial_value, dtype=v.dtype, device=v.device))
+    after, before = gamma*v, _take(v, _previous(mask), initial_value)
     if rewards is not None: after = torch.where(_next(mask) == v.shape[1], rewards.to(v)[:, None], after)
     return torch.where(mask, after - before, 0.)
 
-# %% ../nbs/01_weighting.ipynb #a9e3d8ae
+# %% ../nbs/01_weighting.ipynb #ae456823
 def _scan(a, b): # (B, T) each: x_t = b_t + a_t x_{t+1}, x_T = 0
     T, step = b.shape[1], 1
     while step < T:
-        pad = lambda x: torch.nn.functional.pad(x[:, step:], (0, step))
+        pad = lambda x: F.pad(x[:, step:], (0, step))
         a, b = a*pad(a), b + a*pad(b) # past the end: a = 0
         step *= 2
     return b
 
-# %% ../nbs/01_weighting.ipynb #52a0559c
+# %% ../nbs/01_weighting.ipynb #5dfb685c
 def gae_advantages(
     values, # (B, T) V of each prefix, any float dtype
     mask, # (B, T) response tokens; holes are skipped
     gamma:float=1.0, # Discount
-    lam:float=0.95, # 0: the TD error; 1: the whole rest
+    lam:float=0.95, # 0: the TD error; 1: the whole rest; also a 0-d tensor
     initial_value:float=0.5, # V before the first response token
     rewards=None, # (B,) terminal rewards
 ): # (B, T) float32, 0 where masked
-    "Generalized advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16)."
+    "Generalized advantage estimation A_t = delta_t + gamma lam A_{t+1}, the `td_errors` summed backwards, holes skipped (Schulman et al. 2015, arXiv 1506.02438, eq. 16)."
     mask = mask.bool()
     delta = td_errors(values, mask, gamma, initial_value, rewards)
-    factor = torch.where(mask, torch.as_tensor(gamma*lam, dtype=delta.dtype, device=delta.device), 1.)
+    factor = torch.where(mask, torch.ones_like(delta)*(gamma*lam), 1.)
     return torch.where(mask, _scan(factor, delta), 0.)
 
-# %% ../nbs/01_weighting.ipynb #cd47d0ab
+# %% ../nbs/01_weighting.ipynb #0e1afa34
 def lambda_returns(
     values, # (B, T) V of each prefix, any float dtype; detach them first
     rewards, # (B,) 1 correct, 0 not
     mask, # (B, T) response tokens; holes are skipped
     gamma:float=1.0, # Discount
-    lam:float=0.95, # 1: R everywhere (discounted); 0: the next value
+    lam:float=0.95, # 1: R everywhere (discounted); 0: the next value; also a 0-d tensor
 ): # (B, T) float32, 0 where masked
-    "Targets for values (Sutton and Barto 2018, eq. 12.2, in its recursive form)."
+    "Targets for values: G_T = R, G_t = (1-lam) gamma V_{t+1} + lam gamma G_{t+1}, holes skipped (Sutton and Barto 2018, eq. 12.2, recursive, the reward at the end)."
     mask, v = mask.bool(), torch.where(mask.bool(), values.float(), 0.)
     last = mask & (_next(mask) == v.shape[1])
-    b = torch.where(last, rewards.to(v)[:, None], (1-lam)*gamma*_take(v, _next(mask), torch.zeros((), device=v.device)))
-    a = torch.full_like(v, 1.)*(lam*gamma)
-    a, b = torch.where(mask, torch.where(last, 0., a), 1.), torch.where(mask, b, 0.) # holes hand G on
+    b = torch.where(last, rewards.to(v)[:, None], (1-lam)*gamma*_take(v, _next(mask), 0.))
+    a = torch.where(last, 0., torch.ones_like(v)*(lam*gamma))
+    a, b = torch.where(mask, a, 1.), torch.where(mask, b, 0.) # holes hand G on
     return torch.where(mask, _scan(a, b), 0.)
 
-# %% ../nbs/01_weighting.ipynb #b6180fa2
+# %% ../nbs/01_weighting.ipynb #1c518bc6
 def lambda_schedule(
     progress:float, # Share of training done, 0 to 1
     start:float=0.95, # λ while held
@@ -90,22 +91,22 @@ def lambda_schedule(
     kind:str='constant', # constant | linear | cosine
     hold:float=0., # Share of training before the decay starts
 )->float:
-    "λ at a point of training."
+    "λ at a point of training: `start` until `hold`, then on a line or half a cosine to `end`. Raises `ValueError` for an unknown kind."
     if kind not in ('constant', 'linear', 'cosine'): raise ValueError(f"kind = {kind!r}: allowed are constant, linear, cosine")
     x = min(1., max(0., (progress-hold)/(1-hold))) if hold < 1 else 0.
     return {'constant': start, 'linear': start + (end-start)*x, 'cosine': end + (start-end)*(1+math.cos(math.pi*x))/2}[kind]
 
-# %% ../nbs/01_weighting.ipynb #d4436f8a
+# %% ../nbs/01_weighting.ipynb #2d86c4f2
 def batch_moments(
     x, # Any shape, any float dtype
     mask, # Same shape
 ): # (mean, population standard deviation, count): 0-d float32
     "Moments over masked positions, in two passes: the mean first, so that the variance loses no digits."
     mask = mask.bool()
-    x, n = torch.where(mask, x.float(), 0.), mask.sum()
+    x, n = torch.where(mask, x.double(), 0.), mask.sum()
     mean = x.sum() / n.clamp(min=1)
     var = torch.where(mask, (x-mean)**2, 0.).sum() / n.clamp(min=1)
-    return mean, var.sqrt(), n.float()
+    return mean.float(), var.sqrt().float(), n.float()
 
 def advantage_weights(
     advantages, # (B, T)
@@ -114,22 +115,22 @@ def advantage_weights(
     min_weight:float=0.1, max_weight:float=3.0, # Limits
     mean=None, std=None, # Moments to whiten with; both, or neither (then those of the batch)
 ): # (B, T) float32, 0 where masked
-    "Clipped exponentials of whitened advantages (as in AWR, Peng et al. 2019, arXiv 1910.00177). Raises `ValueError` for one moment without the other."
+    "Clipped exponentials of whitened advantages, without gradient (as in AWR, Peng et al. 2019, arXiv 1910.00177, alg. 1). Raises `ValueError` for one moment without the other."
     if (mean is None) != (std is None): raise ValueError("give both mean and std, or neither")
     mask = mask.bool()
-    a = torch.where(mask, advantages.float(), 0.)
+    a = torch.where(mask, advantages.detach().float(), 0.)
     lone = torch.zeros((), dtype=torch.bool, device=a.device)
     if mean is None: mean, std, n = batch_moments(a, mask); lone = n <= 1
     w = (((a - mean)/(std + 1e-8))/beta).exp().clamp(min_weight, max_weight)
     return torch.where(mask, torch.where(lone, 1., w), 0.)
 
-# %% ../nbs/01_weighting.ipynb #8aeec5f7
+# %% ../nbs/01_weighting.ipynb #826cdc26
 def _sum_over_ranks(x):
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(x)
     return x
 
 class RunningMoments:
-    "Mean and standard deviation of advantages over the steps seen so far, on all ranks."
+    "Mean and population standard deviation of advantages over the steps seen so far, on all ranks; 0 and 1 before the first."
     def __init__(self,
         momentum:float=0.1, # Weight of the newest update, once 1/i has fallen below it
     ):
@@ -141,11 +142,12 @@ class RunningMoments:
     @property
     def std(self): return self._var.sqrt() # 0-d float32, population
 
+    @torch.no_grad()
     def update(self,
         x, # (B, T) of this rank's share of an optimizer step
         mask, # (B, T) response tokens
     ):
-        "Take one optimizer step into account. No host sync."
+        "Take one optimizer step into account; every rank must call it, also one without tokens (SPEC section 4, \"Running moments\"). No host sync."
         mask = mask.bool()
         x = torch.where(mask, x.double(), 0.) # double: a sum over a million tokens
         n, total = _sum_over_ranks(torch.stack([mask.sum().double(), x.sum()]))
@@ -158,11 +160,13 @@ class RunningMoments:
         self._count = (count + (n > 0)).float()
 
     def state_dict(self): return dict(momentum=self.momentum, mean=self._mean, var=self._var, count=self._count)
-    def load_state_dict(self, state): self.momentum, self._mean, self._var, self._count = (state[k] for k in ('momentum', 'mean', 'var', 'count'))
+    def load_state_dict(self, state):
+        self.momentum = state['momentum']
+        self._mean, self._var, self._count = (torch.as_tensor(state[k], dtype=torch.float32) for k in ('mean', 'var', 'count'))
 
-# %% ../nbs/01_weighting.ipynb #af09d7d0
+# %% ../nbs/01_weighting.ipynb #c9256342
 def _targets(mask, n): # (B, T, n): whether the target t+k of head k is a response token
-    return torch.stack([torch.nn.functional.pad(mask[:, k:], (0, k)) for k in range(1, n+1)], -1)
+    return F.pad(mask, (0, n)).unfold(1, n+1, 1)[..., 1:]
 
 def select_tokens(
     policy_ce, # (B, T, n) losses of the policy's heads, source-indexed
@@ -171,13 +175,14 @@ def select_tokens(
     k_percent:float=0.6, # Share of the valid targets to keep, above 0 and at most 1
     mode:str='signed', # signed: policy - reference | absolute: its size | difficult: reference
 ): # (B, T, n) float32: 1 selected, 0 not
-    "Rho-1 token selection (Lin et al. 2024, arXiv 2404.07965, eq. 3-4). Raises `ValueError` for an unknown mode or share."
+    "Rho-1 token selection, exactly ceil(k N) of each head's N valid targets (Lin et al. 2024, arXiv 2404.07965, sec. 2.2). Raises `ValueError` for an unknown mode or share."
     if mode not in ('signed', 'absolute', 'difficult'): raise ValueError(f"mode = {mode!r}: allowed are signed, absolute, difficult")
     if not 0 < k_percent <= 1: raise ValueError(f"k_percent = {k_percent}: must be above 0 and at most 1")
     p, r, n = policy_ce.detach().float(), reference_ce.detach().float(), policy_ce.shape[-1]
     valid = _targets(mask.bool(), n).flatten(0, 1) # (B*T, n)
     score = {'signed': p-r, 'absolute': (p-r).abs(), 'difficult': r}[mode].flatten(0, 1)
+    score = score.nan_to_num(torch.finfo(torch.float32).min) # only what is not valid is -inf
     order = score.masked_fill(~valid, -torch.inf).sort(dim=0, descending=True, stable=True).indices
-    keep = (k_percent*valid.sum(0).double() - 1e-6).ceil() # 0.7 * 10 is 7.000000000000001
+    keep = (k_percent*valid.sum(0).double() * (1-1e-9)).ceil() # 0.07 * 100 is 7.000000000000001
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)[:, None].expand_as(order))
     return ((rank < keep) & valid).float().view_as(p)

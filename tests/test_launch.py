@@ -1,0 +1,323 @@
+"""Launching for real: the command, papermill, kernels, processes that are stopped, killed and left behind.
+
+The project under test is a copy: the package's sources, the configs and nbs/launch.ipynb, with a stand-in for the trainer. The stand-in suffices because launching
+knows a pipeline only by its command line and by the files it writes into its record; it keeps to both. Training end to end is tested elsewhere.
+"""
+import json, os, shutil, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil, pytest
+
+REPO = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SECRETS = {k: f'planted-{k.lower()}-5f1e' for k in ('MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'HF_TOKEN')}
+
+TRAINER = '''
+import json, os, subprocess, sys, time
+from pathlib import Path
+from weighted_mtp.config import UserError, load_config
+args = sys.argv[1:]
+try: config = load_config(args[args.index('--config')+1], [args[i+1] for i, a in enumerate(args) if a == '--override'])
+except UserError as e: sys.exit(f'Error: {e}')
+assert os.environ['HF_TOKEN'].startswith('planted'), 'the run must find its secrets'
+run, kind = Path(os.environ['WMTP_RUN_DIR']), config.experiment.name
+print('making the data set')
+if kind == 'broken': print('storage/train.jsonl, line 7: not JSON', file=sys.stderr); sys.exit(2)
+if kind == 'bug': raise RuntimeError('a bug')
+if kind == 'slow': print('training', flush=True); time.sleep(300)
+if kind == 'long':
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('grandchild', flush=True); time.sleep(300)"
+    subprocess.Popen([sys.executable, '-c', deaf], start_new_session=True)
+    time.sleep(300)
+for step in range(1, 5):
+    time.sleep(.15)
+    (run/'p').write_text(json.dumps(dict(step=step, max_steps=4, epoch=step/4, loss=.7/step))); os.replace(run/'p', run/'progress.json')
+root = Path.cwd()
+(run/'tokens.html').write_text('<b>a picture worth looking at</b>')
+(run/'result.json').write_text(json.dumps(dict(mlflow_run_id='ab12', mlflow_uri=f'sqlite:///{root}/storage/mlflow.db', pictures=[str(run/'tokens.html')],
+    metrics={'accuracy': config.training.beta*config.training.batch_size/10}, checkpoints={'best': str(root/'storage/checkpoint_best.pt')})))
+'''
+
+@pytest.fixture(scope='session')
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp('project')
+    for part in ('configs', 'weighted_mtp'): shutil.copytree(REPO/part, root/part, ignore=shutil.ignore_patterns('__pycache__'))
+    for part in ('settings.ini', 'nbs/launch.ipynb', '.env.example', 'runs/README.md'):
+        (root/part).parent.mkdir(exist_ok=True); shutil.copy(REPO/part, root/part)
+    pipelines = root/'weighted_mtp'/'pipelines'
+    shutil.rmtree(pipelines, ignore_errors=True); pipelines.mkdir(); (pipelines/'__init__.py').touch()
+    (pipelines/'run_critic.py').write_text(TRAINER)
+    (root/'configs/critic/critic_micro.yaml').write_text('pipeline: critic\nexperiment: {name: critic-pretrain}\ntraining: {batch_size: 8, gradient_accumulation_steps: 1}\n')
+    (root/'.env').write_text('\n'.join(f'{k}={v}' for k, v in {**SECRETS, 'AWS_DEFAULT_REGION': 'eu-north-1'}.items()))
+    (root/'home').mkdir()
+    return root
+
+@pytest.fixture
+def here(project, monkeypatch): # the tests' own process works in the project too
+    monkeypatch.chdir(project)
+    return project
+
+def environment(project): return {**{k: v for k, v in os.environ.items() if k not in SECRETS}, 'PYTHONPATH': str(project), 'HOME': str(project/'home'), 'PATH': f"{BIN}:{os.environ['PATH']}"}
+def start(project, *words, **kw): return subprocess.Popen(words, cwd=project, env=environment(project), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+def shell(project, *words, cwd=None, timeout=60):
+    done = subprocess.run(words, cwd=cwd or project, env=environment(project), capture_output=True, text=True, timeout=timeout)
+    if done.stdout or done.stderr: (project/'home'/f'printed-{time.monotonic_ns()}').write_text(done.stdout + done.stderr) # searched for secrets below
+    return done
+def wmtp(project, *words): return shell(project, 'wmtp-launch', *words)
+def papermill(project, out, *parameters, notebook='nbs/launch.ipynb', options=()):
+    words = [w for p in parameters for w in ('-p', *p.split('=', 1))]
+    return shell(project, 'papermill', notebook, out, '--no-progress-bar', *options, *words)
+def record(project, name): return json.loads((project/'runs'/name/'record.json').read_text())
+def records(project): return {p.name for p in (project/'runs').iterdir() if p.is_dir()}
+def until(done, seconds=30):
+    end = time.time() + seconds
+    while not done():
+        assert time.time() < end, 'took too long'
+        time.sleep(.05)
+
+# ---- the plan
+
+TORCHRUN = 'uv run torchrun --nproc_per_node={n} --nnodes=1 --node_rank=0 -m weighted_mtp.pipelines.run_{p} --config configs/{p}/{p}.yaml'
+PLAIN = 'uv run python -m weighted_mtp.pipelines.run_{p} --config configs/{p}/{p}.yaml'
+B, A, C = ' --override training.batch_size=', ' --override training.gradient_accumulation_steps=', ' --override experiment.critic_checkpoint='
+BEST = 'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
+GUIDE = [ # every example of the guide's usage and workflow sections
+    (dict(pipeline='critic', ngpus=4), TORCHRUN, 48),
+    (dict(pipeline='critic', ngpus=1), PLAIN.replace('/{p}.yaml', '/{p}_1gpu.yaml'), 24),
+    (dict(pipeline='critic', ngpus=2), TORCHRUN, 24),
+    (dict(pipeline='critic', ngpus=4, batch_size=8, grad_accum=3), TORCHRUN + B + '8' + A + '3', 96),
+    (dict(pipeline='verifiable', ngpus=4), TORCHRUN, 96),
+    (dict(pipeline='verifiable', ngpus=4, critic_checkpoint=BEST), TORCHRUN + C + BEST, 96),
+    (dict(pipeline='verifiable', ngpus=4, critic_checkpoint='storage/checkpoints/critic/best.pt', batch_size=4, grad_accum=6),
+     TORCHRUN + B + '4' + A + '6' + C + 'storage/checkpoints/critic/best.pt', 96),
+    (dict(pipeline='verifiable', ngpus=1), PLAIN, 24),
+    (dict(pipeline='baseline', ngpus=4), TORCHRUN, 96),
+    (dict(pipeline='baseline', ngpus=1, batch_size=2, grad_accum=8), PLAIN + B + '2' + A + '8', 16),
+    (dict(pipeline='baseline', ngpus=2, batch_size=6, grad_accum=2), TORCHRUN + B + '6' + A + '2', 24),
+    (dict(pipeline='rho1', ngpus=4), TORCHRUN, 128),
+    (dict(pipeline='rho1', ngpus=2, batch_size=4, grad_accum=3), TORCHRUN + B + '4' + A + '3', 24),
+    (dict(pipeline='ntp', ngpus=1), PLAIN, 24),
+    (dict(pipeline='ntp', ngpus=4, batch_size=8, grad_accum=2), TORCHRUN + B + '8' + A + '2', 64),
+    (dict(pipeline='critic', ngpus=1, batch_size=2, grad_accum=4), PLAIN.replace('/{p}.yaml', '/{p}_1gpu.yaml') + B + '2' + A + '4', 8),
+    (dict(pipeline='critic', ngpus=2, batch_size=3, grad_accum=4), TORCHRUN + B + '3' + A + '4', 24),
+    (dict(pipeline='critic', ngpus='4', batch_size='2', grad_accum='3', overrides='training.beta=0.5 training.beta=0.7'), # numbers as text, overrides in order
+     TORCHRUN + B + '2' + A + '3 --override training.beta=0.5 --override training.beta=0.7', 24)]
+
+@pytest.mark.parametrize('request_,line,effective', GUIDE)
+def test_guide_examples(here, request_, line, effective):
+    from weighted_mtp.launch import make_plan
+    n, p = int(request_['ngpus']), request_['pipeline']
+    plan = make_plan(**request_)
+    assert plan.command_line == line.format(n=n, p=p)
+    assert (plan.effective_batch, plan.preset) == (effective, {1: 'gpu-a100-80g-small', 2: 'gpu-a100-80g-medium', 4: 'gpu-a100-80g-large'}[n])
+    y = plan.run_yaml
+    assert (y['name'], y['resources']['cluster'], y['run'][0]['command']) == (f'weighted-mtp-{p}-{n}gpu', 'vessl-kr-a100-80g-sxm', plan.command_line)
+    assert any(k.startswith('NCCL') for k in y['env']) == (n > 1)
+    assert set(y) <= {'name', 'description', 'tags', 'resources', 'image', 'import', 'export', 'env', 'run'}
+    assert set(y['export']) < set(y['import']) and y['env']['HF_TOKEN'] == {'secret': 'HF_TOKEN'}
+    assert plan == make_plan(**request_) and str(here) not in json.dumps(plan.to_dict()) # pure, and the same on another machine
+
+def test_local_plan(here):
+    from weighted_mtp.launch import make_plan
+    plan = make_plan('critic', 2, target='local', overrides=['training.seed=1'])
+    assert plan.command_line == ('torchrun --nproc_per_node=2 --nnodes=1 --node_rank=0 -m weighted_mtp.pipelines.run_critic '
+                                 '--config configs/critic/critic_micro.yaml --override training.seed=1')
+    assert (plan.preset, plan.run_yaml, plan.effective_batch) == (None, None, 16)
+
+def test_verifiable_waits_for_a_critic(here):
+    from weighted_mtp.launch import make_plan
+    local = dict(target='local', config='configs/verifiable/verifiable.yaml')
+    assert 'storage/none.pt not found' in '\n'.join(make_plan('verifiable', 1, critic_checkpoint='storage/none.pt', **local).blockers)
+    assert 'checkpoint' not in '\n'.join(make_plan('verifiable', 1, critic_checkpoint='settings.ini', **local).blockers)
+
+# ---- what a user can get wrong
+
+BAD = [(['critc', '--ngpus', '1'], "Did you mean 'critic'"),
+    (['critic'], 'only 1, 2 or 4 GPUs are supported'),
+    *[(['critic', '--ngpus', n], 'only 1, 2 or 4 GPUs are supported') for n in ('0', '3', '8', 'four', '4.0', '')],
+    *[(['critic', '--ngpus', '1', '--batch-size', b], 'whole number of at least 1') for b in ('-1', '1.5', '0', 'eight')],
+    (['critic', '--ngpus', '1', '--override', 'training.batchsize=8'], "Did you mean 'training.batch_size'"),
+    (['critic', '--ngpus', '1', '--override', 'training.batch_size=eight'], 'training.batch_size'),
+    (['critic', '--ngpus', '1', '--override', 'nonsense'], 'key=value'),
+    (['critic', '--ngpus', '1', '--config', 'configs/critic/none.yaml'], 'not found'),
+    (['critic', '--ngpus', '1', '--config', 'torn.yaml'], 'torn.yaml is not YAML'),
+    (['critic', '--ngpus', '4', '--effective-batch', '24', '--batch-size', '2'], 'either the product or its factors'),
+    (['critic', '--ngpus', '4', '--effective-batch', '25'], '24 and 28'),
+    (['baseline', '--ngpus', '1', '--critic-checkpoint', 'x.pt'], 'verifiable only'),
+    (['baseline', '--ngpus', '1', '--target', 'local'], 'critic'), # says which pipelines there are
+    (['critic', '--ngpus', '1', '--target', 'moon'], 'vessl, local'),
+    (['critic', '--ngpus', '1', '--target', 'local', '--name', '../x'], 'plain folder name'),
+    (['critic', '--ngpus', '1', '--override', f"experiment.description={SECRETS['HF_TOKEN']}"], 'HF_TOKEN'),
+    (['critic', '--ngpus', '1'], 'does not submit to vessl')]
+
+def test_bad_requests_by_command(project):
+    (project/'torn.yaml').write_text('training: [')
+    before = records(project)
+    with ThreadPoolExecutor(2) as pool: told = list(pool.map(lambda case: wmtp(project, *case[0]), BAD))
+    for (words, says), done in zip(BAD, told):
+        assert (done.returncode, done.stdout) == (2, ''), (words, done)
+        assert says in done.stderr and done.stderr.startswith('Error: ') and 'Traceback' not in done.stderr, (words, done.stderr)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert records(project) == before # nothing was started and nothing left
+
+def test_all_problems_at_once(here):
+    from weighted_mtp.launch import UserError, launch
+    with pytest.raises(UserError) as e:
+        launch('critc', ngpus=8, batch_size=-1, overrides=['training.batchsize=8', 'training.beta=warm'], target='vesl', critic_checkpoint='x', name='/')
+    assert len(str(e.value).splitlines()) == 7
+
+def test_without_env_file(project):
+    (project/'.env').rename(project/'.env-away')
+    try:
+        done = wmtp(project, 'critic', '--ngpus', '4')
+        assert done.returncode == 2 and 'cp .env.example .env' in done.stderr
+        assert wmtp(project, 'critic', '--ngpus', '4', '--dry-run', '--name', 'no-env').returncode == 0
+    finally: (project/'.env-away').rename(project/'.env')
+
+def test_light_imports(project):
+    code = ("import time; t = time.perf_counter(); import weighted_mtp.{0}; t = time.perf_counter() - t; import sys; "
+            "print([m for m in ('torch', 'vessl', 'mlflow', 'pandas', 'papermill', 'numpy') if m in sys.modules], round(t, 3))")
+    for module in ('launch', 'form', 'targets'):
+        out = shell(project, sys.executable, '-c', code.format(module)).stdout
+        print(module, out)
+        assert out.startswith('[] ')
+
+# ---- one contract, four doors
+
+def test_doors_agree(here):
+    from weighted_mtp.form import LaunchForm
+    from weighted_mtp.launch import launch
+    request = dict(ngpus=4, effective_batch=24, overrides=['training.beta=0.5', 'training.seed=1'], dry_run=True)
+    launch('critic', name='door-cell', **request)
+    doors = [lambda: wmtp(here, 'critic', '--ngpus', '4', '--effective-batch', '24', '--override', 'training.beta=0.5', '--override', 'training.seed=1',
+                          '--dry-run', '--name', 'door-command'),
+             lambda: papermill(here, 'runs/door.ipynb', 'pipeline=critic', 'ngpus=4', 'effective_batch=24',
+                               'overrides=training.beta=0.5 training.seed=1', 'dry_run=True', 'name=door-papermill')]
+    with ThreadPoolExecutor(2) as pool: told = list(pool.map(lambda door: door(), doors))
+    assert [d.returncode for d in told] == [0, 0] and told[0].stderr == '', told
+    form = LaunchForm(pipeline='critic', **request)
+    form.button.click()
+    # the tests' own package may hold other pipelines than the copy's: that warning aside, all must be equal
+    plans = [{**record(here, n)['plan'], 'warnings': None} for n in ('door-cell', 'door-command', 'door-papermill', form.view.run.name)]
+    assert plans[0] == plans[1] == plans[2] == plans[3]
+    assert record(here, 'door-command')['plan'] == record(here, 'door-papermill')['plan']
+    assert {record(here, f'door-{d}')['status'] for d in ('cell', 'command', 'papermill')} == {'planned'}
+
+def test_same_name_twice(project):
+    with ThreadPoolExecutor(2) as pool: done = list(pool.map(lambda _: wmtp(project, 'critic', '--ngpus', '1', '--dry-run', '--name', 'twin'), range(2)))
+    assert [d.returncode for d in done] == [0, 0]
+    assert {n for n in records(project) if n.startswith('twin')} == {'twin', 'twin-2'}
+    assert all(record(project, n)['name'] == n for n in ('twin', 'twin-2'))
+
+def test_papermill_runs_and_repeats(project):
+    done = papermill(project, 'runs/x.ipynb', 'pipeline=critic', 'ngpus=1', 'target=local', 'name=pm', 'overrides=training.beta=0.5', options=['--log-output'])
+    assert done.returncode == 0, done.stderr
+    assert '100%' in done.stderr and 'mlflow ui --backend-store-uri sqlite:///storage/mlflow.db' in done.stderr and 'storage/checkpoint_best.pt' in done.stderr
+    r = record(project, 'pm')
+    assert (r['status'], r['exit_code'], r['notebook']) == ('completed', 0, 'runs/x.ipynb')
+    kept = (project/'runs/pm/launch.ipynb').read_text()
+    assert 'mlflow ui' in kept and '<b>a picture' in kept # the executed notebook: its last cell's outputs are there
+    assert 'unknown parameter' not in done.stderr and 'Unable to parse' not in done.stderr
+    # the record's own notebook, from another folder of the project
+    done = shell(project, 'papermill', '../runs/pm/launch.ipynb', '../runs/again.ipynb', '--no-progress-bar', cwd=project/'nbs')
+    assert done.returncode == 0, done.stderr
+    again = record(project, 'pm-2')
+    assert again['plan'] == r['plan'] and {**again['request'], 'name': None} == {**r['request'], 'name': None}
+    results = [json.loads((project/'runs'/n/'result.json').read_text()) for n in ('pm', 'pm-2')]
+    assert results[0]['metrics'] == results[1]['metrics']
+
+REFUSED = [(['pipeline=critic', 'ngpus=8'], 'only 1, 2 or 4 GPUs'), (['pipeline=critic', 'ngpus=1', 'batchsize=8'], "Did you mean 'batch_size'"),
+           (['ngpus=1'], 'pipeline is missing')]
+
+def test_papermill_refused(project):
+    before = records(project)
+    with ThreadPoolExecutor(3) as pool: told = list(pool.map(lambda case: papermill(project, f'runs/refused-{id(case)}.ipynb', *case[0]), REFUSED))
+    for (_, says), done in zip(REFUSED, told):
+        last = done.stderr.split('Exception encountered')[-1]
+        assert done.returncode == 1 and says in last and 'File "' not in last # our words come last, and no traceback of ours with them
+    assert records(project) == before
+
+def test_papermill_of_a_failing_run(project):
+    done = papermill(project, 'runs/failing.ipynb', 'pipeline=critic', 'ngpus=1', 'target=local', 'name=failing', 'overrides=experiment.name=broken')
+    assert done.returncode == 1 and 'line 7: not JSON' in done.stderr.split('Exception encountered')[-1]
+    assert (record(project, 'failing')['status'], record(project, 'failing')['exit_code']) == ('failed', 2)
+    assert 'line 7: not JSON' in (project/'runs/failing/launch.ipynb').read_text()
+
+# ---- local runs
+
+def test_command_follows_a_run(project):
+    kinds = [('critic-pretrain', 0, ''), ('broken', 1, 'line 7: not JSON'), ('bug', 1, 'RuntimeError: a bug')]
+    def run(kind): return wmtp(project, 'critic', '--ngpus', '1', '--target', 'local', '--override', f'experiment.name={kind[0]}', '--name', f'followed-{kind[0]}')
+    with ThreadPoolExecutor(2) as pool: told = list(pool.map(run, kinds))
+    for (kind, code, says), done in zip(kinds, told):
+        assert done.returncode == code and says in done.stderr and 'Traceback' not in done.stderr, done # a bug's traceback is in the log
+    assert 'record      runs/followed-critic-pretrain' in told[0].stdout and '4/4' in told[0].stdout
+
+def start_long(project, name, kind='long'): # long: a run with a grandchild that ignores SIGTERM, in a session of its own
+    p = start(project, 'wmtp-launch', 'critic', '--ngpus', '1', '--target', 'local', '--name', name, '--override', f'experiment.name={kind}')
+    log = project/'runs'/name/'log.txt'
+    until(lambda: log.is_file() and ('training' if kind == 'slow' else 'grandchild') in log.read_text())
+    return p, project/'runs'/name
+
+def processes(folder):
+    from weighted_mtp.targets import run_processes
+    return run_processes(folder)
+
+def test_interrupt_stops_the_run(project):
+    p, folder = start_long(project, 'interrupted', 'slow')
+    assert len(processes(folder)) == 2
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=30)
+    assert p.returncode == 130 and 'Run interrupted: stopped' in err and 'Traceback' not in err
+    assert record(project, 'interrupted')['status'] == 'stopped' and not processes(folder)
+
+def test_run_outlives_its_launcher_and_is_stopped_from_elsewhere(here):
+    from weighted_mtp.launch import Run
+    p, folder = start_long(here, 'orphan')
+    p.kill(); p.wait()
+    run = Run('orphan')
+    assert run.status() == 'running' and len(processes(folder)) == 3
+    from weighted_mtp.targets import LocalTarget
+    assert LocalTarget().stop(folder, grace=.5) == 'stopped'
+    assert not processes(folder) and run.status() == 'stopped'
+
+def test_supervisor_killed(here):
+    from weighted_mtp.launch import Run, UserError
+    p, folder = start_long(here, 'unwatched')
+    ids = record(here, 'unwatched')['ids']
+    child = psutil.Process(ids['pid']).children()[0]
+    os.kill(ids['pid'], signal.SIGKILL)
+    out, err = p.communicate(timeout=30)
+    assert p.returncode == 1 and 'watched over this run is gone' in err
+    with pytest.raises(UserError, match='gone'): Run('unwatched').wait()
+    if sys.platform == 'linux': until(lambda: not child.is_running())
+    for q in processes(folder): q.kill()
+
+def test_the_end_is_written_when_nobody_waits(project):
+    code = "from weighted_mtp.launch import launch; import os; launch('critic', 1, target='local', name='alone'); os._exit(1)" # as a kernel that dies
+    shell(project, sys.executable, '-c', code)
+    until(lambda: record(project, 'alone')['status'] == 'completed')
+
+def test_form_refreshes_itself_in_a_kernel(project):
+    import nbformat
+    from nbclient import NotebookClient
+    cells = ["from weighted_mtp.form import LaunchForm\nform = LaunchForm(pipeline='critic', ngpus=1, target='local')\nform.button.click()\nprint(form.view.head.value)",
+             "import asyncio\nfor _ in range(100):\n    if 'completed' in form.view.head.value: break\n    await asyncio.sleep(.1)\nprint(form.view.head.value)"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    client = NotebookClient(nb, kernel_name='python3', resources={'metadata': {'path': str(project)}}, timeout=60)
+    client.execute(env=environment(project))
+    texts = [''.join(o.get('text', '') for o in c.outputs) for c in nb.cells]
+    assert 'running' in texts[0] and 'completed' in texts[1]
+
+def test_launch_notebook_without_parameters(project):
+    done = shell(project, 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--stdout', 'nbs/launch.ipynb')
+    assert done.returncode == 0 and 'widget-view' in done.stdout, done.stderr[-500:]
+
+def test_no_secret_was_written_or_printed(project): # last: everything above has left its traces
+    files = [p for p in project.rglob('*') if p.is_file() and p.name != '.env']
+    assert len(files) > 50
+    for p in files:
+        text = p.read_bytes()
+        for name, secret in SECRETS.items(): assert secret.encode() not in text, (p, name)

@@ -171,7 +171,7 @@ def test_weights_agree_with_a_loop():
 def test_weights_of_few_or_equal_tokens():
     v, one, none = torch.randn(2, 5), torch.zeros(2, 5), torch.zeros(2, 5)
     one[1, 3] = 1
-    assert torch.equal(advantage_weights(v, one), one) and torch.equal(advantage_weights(v, none), none)
+    for top in (3., .5): assert torch.equal(advantage_weights(v, one, max_weight=top), one) and torch.equal(advantage_weights(v, none, max_weight=top), none)
     assert advantage_weights(v, one, mean=v[1, 3]-1, std=1.)[1, 3].item() == pytest.approx(math.e, rel=1e-5) # given moments: one token is enough
     for c in (.1, -.3, 1/3, 1e4): assert (advantage_weights(torch.full((7, 1001), c), torch.ones(7, 1001)) == 1).all()
     for kw in (dict(mean=0.), dict(std=1.)):

@@ -7,7 +7,7 @@ __all__ = ['DEFAULTS', 'PLACES', 'BATCH', 'ACCUM', 'CRITIC', 'NCCL', 'split_over
            'run_yaml_text', 'Plan', 'make_plan', 'Progress', 'Run', 'launch', 'launch_problems', 'relaunch',
            'notebook_request', 'wmtp_launch']
 
-# %% ../nbs/13_launch.ipynb #5f51786e
+# %% ../nbs/13_launch.ipynb #b31af45f
 import os, re, shlex, sys, time
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,8 +21,8 @@ from fastcore.script import call_parse
 from omegaconf import OmegaConf
 
 from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, load_config, load_env, load_site, nearest,
-                                 project_root, to_yaml)
-from .records import (in_papermill, keep_notebook, load_record, new_record, read_json, read_record, record_folder,
+                                 project_root, read_json, to_yaml)
+from .records import (in_papermill, keep_notebook, load_record, new_record, read_record, record_folder,
                                   request_notebook, short_path)
 from .targets import TARGETS, LocalTarget, log_tail
 

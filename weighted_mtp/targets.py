@@ -6,14 +6,14 @@
 __all__ = ['TARGETS', 'local_command', 'run_environment', 'supervise', 'log_tail', 'log_lines', 'run_processes', 'stop_processes',
            'LocalTarget']
 
-# %% ../nbs/12_targets.ipynb #b0661029
+# %% ../nbs/12_targets.ipynb #548a7176
 import ctypes, os, platform, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import psutil
 
-from .config import UserError, load_env, project_root
-from .records import now, read_json, read_record, record_folder, update_record
+from .config import UserError, load_env, project_root, read_json
+from .records import now, read_record, record_folder, update_record
 
 # %% ../nbs/12_targets.ipynb #c3a94ae6
 def local_command(

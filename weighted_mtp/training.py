@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEST', 'FINAL', 'MLFLOW_DEFAULT', 'steps_per_epoch', 'total_steps', 'training_arguments', 'WeightedTrainer', 'finish',
-           'write_json', 'ProgressFile', 'start_mlflow', 'tracked_run', 'prepare', 'pipeline_main']
+           'ProgressFile', 'start_mlflow', 'tracked_run', 'prepare', 'pipeline_main']
 
-# %% ../nbs/07_training.ipynb #364ce231
+# %% ../nbs/07_training.ipynb #fcb4c0a2
 import argparse, json, math, os, sys, time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .config import UserError, load_config, project_root, to_yaml
+from .config import UserError, flatten, load_config, project_root, to_yaml, write_text
 from .models import read_checkpoint, save_checkpoint
 
 # %% ../nbs/07_training.ipynb #3632ff95
@@ -163,17 +163,7 @@ def finish(
     trainer.model.load_state_dict(read_checkpoint(folder/BEST)['state'], strict=False)
     return {'best': str(folder/BEST), 'final': str(folder/FINAL)}
 
-# %% ../nbs/07_training.ipynb #4ca19753
-def write_json(
-    path, # File to replace
-    data, # What `json` can write
-):
-    "Replace a file by a complete one."
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    part.write_text(json.dumps(data, indent=1, default=str), encoding='utf-8')
-    part.replace(path)
-
+# %% ../nbs/07_training.ipynb #f27df6fe
 class ProgressFile(TrainerCallback):
     "Writes `progress.json`, at most twice a second."
     def __init__(self, path, stage='', done=0, total=None): self.path, self.stage, self.done, self.total, self.last, self.seen = path, stage, done, total, 0., {}
@@ -181,16 +171,11 @@ class ProgressFile(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.is_world_process_zero and (time.monotonic() - self.last > 0.5 or state.global_step == state.max_steps):
             self.last = time.monotonic()
-            write_json(self.path, dict(stage=self.stage, step=self.done+state.global_step, max_steps=self.total or state.max_steps,
-                                       epoch=state.epoch, loss=self.seen.get('train/loss'), metrics=self.seen))
+            write_text(self.path, json.dumps(dict(stage=self.stage, step=self.done+state.global_step, max_steps=self.total or state.max_steps,
+                                       epoch=state.epoch, loss=self.seen.get('train/loss'), metrics=self.seen)))
 
-# %% ../nbs/07_training.ipynb #df394549
+# %% ../nbs/07_training.ipynb #7c1b99c8
 MLFLOW_DEFAULT = 'sqlite:///storage/mlflow.db'
-
-def _flat(d, prefix=''):
-    out = {}
-    for k, v in d.items(): out |= _flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {prefix+k: v}
-    return out
 
 def start_mlflow(
     config, # A loaded config
@@ -209,10 +194,10 @@ def start_mlflow(
         mlflow.create_experiment(config.mlflow.experiment, (file.parent/'mlruns').as_uri())
     mlflow.set_experiment(config.mlflow.experiment)
     run = mlflow.start_run(run_name=config.experiment.name, tags={'pipeline': config.pipeline})
-    mlflow.log_params(_flat(yaml.safe_load(to_yaml(config))))
+    mlflow.log_params(flatten(yaml.safe_load(to_yaml(config))))
     return run
 
-# %% ../nbs/07_training.ipynb #0e6b07e4
+# %% ../nbs/07_training.ipynb #573ff59c
 @contextmanager
 def tracked_run(
     config, # A loaded config
@@ -224,7 +209,7 @@ def tracked_run(
     run = start_mlflow(config)
     result = dict(mlflow_run_id=run.info.run_id, mlflow_uri=mlflow.get_tracking_uri(), checkpoints={}, metrics={}, pictures=[])
     def leave():
-        if folder: write_json(Path(folder)/'result.json', result)
+        if folder: write_text(Path(folder)/'result.json', json.dumps(result, indent=1))
     leave()
     try: yield result
     except BaseException: mlflow.end_run('FAILED'); raise

@@ -1,0 +1,34 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo lab test export readme clean
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: .venv/.installed ## Set up .venv (pip, with constraints.txt)
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.installed ## Train a critic on the embedded default: papermill runs nbs/launch.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/launch.ipynb runs/demo.ipynb -p pipeline critic -p ngpus 1 -p target local --log-output --no-progress-bar
+
+lab: .venv/.installed ## Open JupyterLab on the launch form
+	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab nbs/launch.ipynb
+
+test: .venv/.installed ## Everything CI runs: packages, notebooks, pytest (which also checks the export)
+	$(BIN)/python -m pip check
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev-test --n-workers 2 --timing
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest
+
+export: .venv/.installed ## After editing notebooks: modules, clean notebooks, README.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'nbdev-export && nbdev-clean && $(MAKE) readme'
+
+readme: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb --log-level WARN
+
+clean: ## Remove what runs leave behind (records, checkpoints, data); .venv stays
+	rm -rf storage mlruns && find runs -mindepth 1 -not -name README.md -delete

@@ -108,7 +108,7 @@ class DataSampling:
     difficulty_bins: list[list[int]] = field(default_factory=lambda: [[1, 7], [8, 15], [16, 25]]) # Inclusive; 0 (unknown) is left out
     difficulty_weights: list[float] = field(default_factory=lambda: [1., 1., 1.]) # Share of each bin, before normalising
 
-# %% ../nbs/00_config.ipynb #2f6162f0
+# %% ../nbs/00_config.ipynb #8fe80302
 @dataclass
 class Lora:
     r: int = 64
@@ -136,7 +136,7 @@ class Critic:
     value_weight: float = 0.0 # lambda-return regression
     value_loss: str = 'mse' # mse | huber
     lm_weight: float = 0.0 # Next-token loss on the correct solutions, beside the critic's
-    lm_prompt: bool = False # That loss also covers the prompt tokens
+    lm_first: float = 0.0 # Share of the steps, at the start, that train the next-token loss alone
     initial_value: float = 0.5 # V before the first response token
     blind_yardstick: bool = False # After training, train a blind twin with the same budget and report it
 
@@ -206,7 +206,7 @@ class Config:
     distributed: Distributed = field(default_factory=Distributed)
     mlflow: Mlflow = field(default_factory=Mlflow)
 
-# %% ../nbs/00_config.ipynb #b571ce1e
+# %% ../nbs/00_config.ipynb #c1793ec0
 PIPELINES = ('critic', 'verifiable', 'baseline', 'rho1', 'ntp', 'ref_tuning', 'evaluation')
 CHOICES = {'pipeline': PIPELINES,
     'model.tuning': ('lora', 'frozen', 'full'), 'model.dtype': ('bfloat16', 'float32'),
@@ -226,7 +226,7 @@ RANGES = {'training.n_epochs': (0, None, False), 'training.learning_rate': (0, N
     **{f'training.{k}': (0, 1, True) for k in ('gamma', 'td_lambda', 'td_lambda_end', 'td_lambda_hold', 'warmup_ratio', 'min_lr_ratio')},
     'training.adam_beta1': (0, 1, True), 'training.adam_beta2': (0, 1, True),
     'training.k_percent': (0, 1, False), 'training.moments_momentum': (0, 1, False),
-    'model.lora.dropout': (0, 1, True), 'critic.head_dropout': (0, 1, True)}
+    'model.lora.dropout': (0, 1, True), 'critic.lm_first': (0, 1, True), 'critic.head_dropout': (0, 1, True)}
 
 # %% ../nbs/00_config.ipynb #c8749eb3
 def config_keys(

@@ -6,8 +6,8 @@
 __all__ = ['sequence_stats', 'drop_near_mutation', 'pair_metrics', 'CriticObjective', 'token_values', 'picture_of_pair',
            'run_critic']
 
-# %% ../nbs/08_critic.ipynb #97df7ace
-import os
+# %% ../nbs/08_critic.ipynb #52ca8c29
+import os, time
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from .config import UserError, apply_overrides
 from .data import KINDS, collate_pairs, encode_solutions, load_pairs, read_solutions
 from .losses import pairwise_loss, value_loss
-from .models import build_value_model, load_backbone, token_surprise
+from .models import build_value_model, load_backbone
 from .report import critic_picture, write_page
 from .training import ProgressFile, WeightedTrainer, finish, total_steps, tracked_run
 from .weighting import lambda_returns, lambda_schedule, td_errors
@@ -80,7 +80,7 @@ def pair_metrics(
     if known.any(): out |= dict(zip(('drop_within_2', 'drop_within_2_random'), drops[known].mean(0).tolist()))
     return out
 
-# %% ../nbs/08_critic.ipynb #589f71f3
+# %% ../nbs/08_critic.ipynb #ecb62a7d
 class CriticObjective:
     "What the trainer has to know of the critic."
     best_metric = 'pairwise_accuracy'
@@ -95,7 +95,7 @@ class CriticObjective:
         dtype = getattr(torch, config.model.dtype) if torch.cuda.is_available() else torch.float32
         backbone = backbone or load_backbone(config.model.backbone, dtype)
         self.model = build_value_model(backbone, config.model.tuning, config.model.lora, c.head, c.head_dropout, c.initial_value if c.value_weight else 0.)
-        self.progress = 0. # share of training done, for the lambda schedule
+        self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
 
     def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id)
 
@@ -106,13 +106,24 @@ class CriticObjective:
     def checkpoint_facts(self):
         return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone)
 
-# %% ../nbs/08_critic.ipynb #cfc33109
+# %% ../nbs/08_critic.ipynb #b6217917
+@patch
+def lm_loss(self:CriticObjective, model, batch, totals):
+    "The next-token loss alone, on the correct half."
+    B = len(batch['labels'])//2
+    mask = batch['labels'][:B] != -100
+    out = model(batch['input_ids'][:B], batch['attention_mask'][:B], mask, with_logp=True)
+    lm = -(out.logp*mask)[:, 1:].sum()/totals[1]
+    return lm + 0*out.values.sum(), {'lm_loss': lm} # DDP wants every parameter in the graph
+
+# %% ../nbs/08_critic.ipynb #76cd304b
 @patch
 def loss(self:CriticObjective, model, batch, totals):
     "The batch's share of the step's loss, and of its parts."
-    c, t = self.config.critic, self.config.training
-    mask, B = batch['labels'] != -100, len(batch['labels'])//2
-    out = model(batch['input_ids'], batch['attention_mask'], with_logits=c.lm_weight > 0)
+    c, t, B = self.config.critic, self.config.training, len(batch['labels'])//2
+    if self.progress < c.lm_first: return self.lm_loss(model, batch, totals)
+    mask = batch['labels'] != -100
+    out = model(batch['input_ids'], batch['attention_mask'], mask, with_logp=c.lm_weight > 0)
     v, parts = out.values, {}
     if c.pairwise_weight: parts['pairwise_loss'] = c.pairwise_weight * pairwise_loss(v[:B], mask[:B], v[B:], mask[B:]) * B/totals[0]
     if c.value_weight:
@@ -121,19 +132,19 @@ def loss(self:CriticObjective, model, batch, totals):
         target = lambda_returns(v.detach(), correct, mask, t.gamma, lam)
         parts['value_loss'] = c.value_weight * value_loss(v, target, mask, c.value_loss) * B/totals[0]
     if c.lm_weight:
-        logp = token_surprise(out.logits[:B], batch['input_ids'][:B])[0]
-        parts['lm_loss'] = -c.lm_weight * (logp*mask[:B])[:, 1:].sum()/totals[1]
+        parts['lm_loss'] = -c.lm_weight * (out.logp*mask)[:B, 1:].sum()/totals[1]
     return sum(parts.values()), parts
 
-# %% ../nbs/08_critic.ipynb #1f8aa5dd
+# %% ../nbs/08_critic.ipynb #8aa2fba9
 @patch
 @torch.no_grad()
 def evaluate(self:CriticObjective, trainer, split):
     "Metrics on the pairs of a split; every rank judges its share and all get the same numbers."
     model, rows = trainer.model.eval(), []
     for b in trainer.loader(self.splits[split]):
-        out, mask, B = model(b['input_ids'], b['attention_mask'], with_logits=True), b['labels'] != -100, len(b['labels'])//2
-        stats = sequence_stats(out.values, mask, token_surprise(out.logits, b['input_ids'])[0], self.config.critic.initial_value)
+        mask, B = b['labels'] != -100, len(b['labels'])//2
+        out = model(b['input_ids'], b['attention_mask'], mask, with_logp=True)
+        stats = sequence_stats(out.values, mask, out.logp, self.config.critic.initial_value)
         drops = drop_near_mutation(out.values[B:], mask[B:], b['mutation_start'], b['mutation_end'])
         row = torch.cat([stats[:B], stats[B:], b['kind'][:, None].float(), drops], 1) # one row a pair
         rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
@@ -172,11 +183,12 @@ def picture_of_pair(
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
     return critic_picture(wrong['instruction'], token_values(model, tokenizer, a), token_values(model, tokenizer, b), marked)
 
-# %% ../nbs/08_critic.ipynb #71aa250b
+# %% ../nbs/08_critic.ipynb #9b1a0bd4
 def _prepare_data(config): # make the embedded default where it is asked for and absent
     if not config.dataset.embedded: return None
     from weighted_mtp.synthetic import make_dataset
-    kw = dict(n_problems=config.dataset.n_problems) if config.dataset.n_problems else {}
+    n = config.dataset.n_problems
+    kw = dict(n_problems=n, n_held_out=min(400, n//2)) if n else {}
     folder = Path(config.dataset.train).parent
     print(f'{folder}: {make_dataset(folder, **kw)["counts"]}', flush=True)
     return AutoTokenizer.from_pretrained(folder/'tokenizer')
@@ -190,21 +202,21 @@ def _objective(config, tokenizer):
         backbone = make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers, n_heads=m.n_heads, max_length=config.dataset.max_length, seed=config.training.seed)
     return CriticObjective(config, backbone, tokenizer)
 
-class _LambdaProgress(TrainerCallback): # tells the objective how far training is
+class _TellProgress(TrainerCallback): # the objective's phases and its lambda follow how far training is
     def __init__(self, objective): self.objective = objective
     def on_step_begin(self, args, state, control, **kw): self.objective.progress = state.global_step / max(1, state.max_steps)
 
 def _fit(config, objective, stage, i, n): # train one critic; its progress is part i of n
     folder = os.environ.get('WMTP_RUN_DIR')
     trainer = WeightedTrainer(objective, config, report_to=['mlflow'] if i == 0 else [], **(dict(save_strategy='no', eval_strategy='no') if i else {}))
-    trainer.add_callback(_LambdaProgress(objective))
+    trainer.add_callback(_TellProgress(objective))
     if folder:
         total = total_steps(len(objective.data), config.training, trainer.accelerator.num_processes)
         trainer.add_callback(ProgressFile(Path(folder)/'progress.json', stage, i*total, n*total))
     trainer.train()
     return trainer
 
-# %% ../nbs/08_critic.ipynb #cefc2a6e
+# %% ../nbs/08_critic.ipynb #b2510e17
 def run_critic(
     config, # A loaded config of the pipeline `critic`
 )->dict: # The metrics of the best checkpoint
@@ -213,7 +225,9 @@ def run_critic(
     objective = _objective(config, tokenizer)
     with tracked_run(config) as result:
         stages = 2 if config.critic.blind_yardstick else 1
+        start = time.monotonic()
         trainer = _fit(config, objective, 'critic', 0, stages)
+        result['seconds']['critic'] = time.monotonic() - start
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}

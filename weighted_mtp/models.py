@@ -21,16 +21,19 @@ from transformers.utils import ModelOutput
 
 from .config import UserError
 
-# %% ../nbs/03_models.ipynb #52d3a45c
+# %% ../nbs/03_models.ipynb #0409e92f
 def token_surprise(
-    logits, # (B, T, V), any float dtype
+    hidden, # (B, T, D) last hidden states
+    lm_head, # Module from D to V
     input_ids, # (B, T)
-): # log p(x_t | x_<t), and the gap log p(likeliest) - log p(x_t) >= 0: both (B, T) float32, 0 at t = 0
+    mask, # (B, T) tokens to look at
+): # log p(x_t | x_<t), and the gap log p(likeliest) - log p(x_t) >= 0: both (B, T) float32, 0 where not looked at and at t = 0
     "What the language model made of each token."
-    picked = logits[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1).float()
-    logp = picked - torch.logsumexp(logits[:, :-1].float(), -1)
-    gap = logits[:, :-1].amax(-1).float() - picked
-    return F.pad(logp, (1, 0)), F.pad(gap, (1, 0))
+    m = mask[:, 1:].bool()
+    logits = lm_head(hidden[:, :-1][m]).float() # (N, V): N tokens
+    picked = logits.gather(-1, input_ids[:, 1:][m][:, None]).squeeze(-1)
+    def back(x): return F.pad(torch.zeros(m.shape, device=x.device).masked_scatter(m, x), (1, 0))
+    return back(picked - logits.logsumexp(-1)), back(logits.amax(-1) - picked)
 
 # %% ../nbs/03_models.ipynb #025815e1
 class ValueHead(nn.Module):
@@ -56,7 +59,7 @@ class ValueHead(nn.Module):
         v = self.layers(x).squeeze(-1)
         return v.sigmoid() if self.kind == 'sigmoid' else v
 
-# %% ../nbs/03_models.ipynb #581850b4
+# %% ../nbs/03_models.ipynb #ddd52ce9
 class ValueConfig(PreTrainedConfig):
     "A backbone's config and what the value head adds to it."
     model_type = 'weighted_mtp_value'
@@ -75,9 +78,9 @@ class ValueConfig(PreTrainedConfig):
 class ValueOutput(ModelOutput):
     "What a `ValueModel` returns."
     values: torch.Tensor|None = None # (B, T) float32
-    logits: torch.Tensor|None = None # (B, T, V) of the backbone's own LM head, where computed
+    logp: torch.Tensor|None = None # (B, T) float32: log-probability of each token under the backbone, 0 where not asked for
 
-# %% ../nbs/03_models.ipynb #b9305a92
+# %% ../nbs/03_models.ipynb #30e4c26c
 class ValueModel(PreTrainedModel):
     "A causal language model with a value for every prefix."
     config_class = ValueConfig
@@ -96,16 +99,13 @@ class ValueModel(PreTrainedModel):
     def _init_weights(self, module): pass # backbone and head have initialised themselves
     def get_input_embeddings(self): return self.backbone.get_input_embeddings()
 
-    def forward(self, input_ids, attention_mask=None, with_logits=False, **kw):
-        "Values (B, T) of the prefixes of `input_ids` (B, T); logits (B, T, V) where asked for or needed by the head."
+    def forward(self, input_ids, attention_mask=None, mask=None, with_logp=False, **kw):
+        "Values (B, T) of the prefixes of `input_ids` (B, T), and the log-probability of each token where asked for; `mask` (B, T) marks the tokens that matter (default: all)."
         hidden = self.backbone.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        logits, features = None, None
-        if with_logits: logits = self.backbone.lm_head(hidden)
-        if self.head.kind == 'surprise':
-            with torch.no_grad():
-                seen = logits if logits is not None else self.backbone.lm_head(hidden)
-                features = torch.stack(token_surprise(seen.detach(), input_ids), -1)
-        return ValueOutput(values=self.head(hidden, features), logits=logits)
+        if self.head.kind != 'surprise' and not with_logp: return ValueOutput(values=self.head(hidden))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and with_logp):
+            logp, gap = token_surprise(hidden, self.backbone.get_output_embeddings(), input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        return ValueOutput(values=self.head(hidden, torch.stack([logp, gap], -1).detach()), logp=logp if with_logp else None)
 
 # %% ../nbs/03_models.ipynb #1ac6e78f
 def add_lora(

@@ -1,0 +1,129 @@
+"""The critic for real, from launch to checkpoint, on a small embedded data set in a copy of the project."""
+import json, math, os, resource, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+
+REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.max_steps=12',
+         'training.log_every=4', 'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp('training')
+    shutil.copytree(REPO/'configs', root/'configs')
+    for part in ('settings.ini', 'nbs/launch.ipynb'):
+        (root/part).parent.mkdir(exist_ok=True); shutil.copy(REPO/part, root/part)
+    (root/'home').mkdir()
+    return root
+
+def shell(project, *words, timeout=280, **kw):
+    env = {**os.environ, 'HOME': str(project/'home'), 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=timeout, **kw)
+
+def wmtp(project, name, *overrides): # the command, on the small data set
+    words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
+    return shell(project, 'wmtp-launch', 'critic', '--ngpus', '1', '--target', 'local', '--name', name, *words)
+
+def read(project, name, file='record.json'): return json.loads((project/'runs'/name/file).read_text())
+
+@pytest.fixture(scope='module')
+def first(project): # one run, looked at by several tests
+    done = wmtp(project, 'first')
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+def test_run_leaves_everything(project, first):
+    record, result = read(project, 'first'), read(project, 'first', 'result.json')
+    assert record['status'] == 'completed' and record['plan']['effective_batch'] == 16
+    m = result['metrics']
+    for name in ('pairwise_accuracy', 'margin', 'roc_auc', 'value_variance', 'delta_spikiness', 'position_correlation', 'likelihood_accuracy', 'blind_accuracy',
+                 'drop_within_2', 'drop_within_2_random', 'pairwise_accuracy_mutant', 'pairwise_accuracy_sibling', 'blind_accuracy_sibling'):
+        assert math.isfinite(m[f'test/{name}']), name
+    assert all(w in first.stdout for w in ('checkpoint_best.pt', 'runs/first', 'mlflow ui')), first.stdout
+    assert (project/result['pictures'][0]).is_file()
+
+def test_checkpoints_describe_themselves(project, first):
+    folder = project/'storage/checkpoints/critic/critic-pretrain'
+    names = {f.name for f in folder.iterdir()}
+    assert {'checkpoint_best.pt', 'checkpoint_final.pt'} < names and len(names) <= 5, names
+    for name in names:
+        c = torch.load(folder/name, weights_only=True)
+        assert {'model_config', 'state', 'config', 'step', 'metrics', 'code_version', 'pipeline'} <= c.keys()
+    from weighted_mtp.models import load_value_model
+    values = load_value_model(folder/'checkpoint_best.pt')(torch.tensor([[3, 4, 5]])).values
+    assert values.shape == (1, 3) and values.isfinite().all()
+
+def test_mlflow_holds_the_run(project, first):
+    import mlflow
+    result = read(project, 'first', 'result.json')
+    run = mlflow.tracking.MlflowClient(result['mlflow_uri']).get_run(result['mlflow_run_id'])
+    assert run.info.status == 'FINISHED' and run.data.params['training.batch_size'] == '16'
+    assert run.data.metrics['test/pairwise_accuracy'] == result['metrics']['test/pairwise_accuracy']
+    assert {'train/loss', 'train/pairwise_loss', 'train/lm_loss', 'eval/pairwise_accuracy'} <= run.data.metrics.keys()
+
+def test_papermill_of_the_record_repeats_bit_for_bit(project, first):
+    done = shell(project, 'papermill', 'runs/first/launch.ipynb', 'runs/again.ipynb')
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = next(p.parent.name for p in (project/'runs').glob('*/record.json') if json.loads(p.read_text())['notebook'])
+    assert read(project, again)['plan'] == read(project, 'first')['plan']
+    assert read(project, again, 'result.json')['metrics'] == read(project, 'first', 'result.json')['metrics']
+
+DATA = dict(instruction='Return one.', input='', output='return 1', problem_id='p', is_correct=True, difficulty=3, source='demo')
+
+@pytest.mark.parametrize('what, lines, said', [
+    ('broken', [json.dumps(DATA), '{"instruction":'], 'line 2'),
+    ('empty', [], 'is empty'),
+    ('one-sided', [json.dumps(DATA)]*3, 'no pair can be made'),
+    ('missing', None, 'not found')])
+def test_bad_data(project, first, what, lines, said):
+    file = project/f'{what}.jsonl'
+    if lines is not None: file.write_text('\n'.join(lines))
+    done = wmtp(project, f'data-{what}', 'dataset.embedded=false', f'dataset.train={file}', 'model.tokenizer=storage/datasets/synthetic/tokenizer')
+    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert read(project, f'data-{what}')['status'] == 'failed'
+
+def test_loss_that_is_no_number(project, first):
+    done = wmtp(project, 'nan', 'training.learning_rate=1e30', 'training.log_every=1', 'experiment.name=nan', 'critic.blind_yardstick=false')
+    assert done.returncode == 1 and 'loss became' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+def test_full_disk_keeps_the_previous_checkpoint(project, first):
+    """A limit on file size stands in for a full disk: the write fails half-way in both cases, and the limit needs no device of its own."""
+    code = '''
+import signal, sys, torch
+from weighted_mtp.models import load_value_model, save_checkpoint
+from weighted_mtp.config import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN) # the write then fails with an error, as on a full disk
+model = load_value_model(sys.argv[1])
+try: save_checkpoint(sys.argv[1], model, step=99)
+except UserError as e: print(e); sys.exit(2)
+'''
+    best = project/'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
+    before = best.read_bytes()
+    limit = len(before)//2
+    done = shell(project, sys.executable, '-c', code, str(best), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 2 and 'could not be saved' in done.stdout, done.stdout + done.stderr
+    assert best.read_bytes() == before and not list(best.parent.glob('*.part'))
+
+@pytest.mark.parametrize('tuning, head', [('lora', 'mlp'), ('frozen', 'linear'), ('full', 'sigmoid')])
+def test_every_tuning_trains_and_loads(project, first, tuning, head):
+    """LoRA and a frozen backbone need a backbone on disk: the checkpoint holds only what was trained, and names it."""
+    from transformers import AutoTokenizer
+    from weighted_mtp.models import load_value_model
+    from weighted_mtp.synthetic import make_micro_model
+    backbone = project/'storage/models/micro'
+    if not backbone.exists(): make_micro_model(backbone, AutoTokenizer.from_pretrained(project/'storage/datasets/synthetic/tokenizer'), 32, 2, 2)
+    done = wmtp(project, tuning, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}', f'experiment.name={tuning}', 'critic.value_weight=0.5', 'critic.lm_first=0',
+                'training.td_lambda_schedule=cosine', 'model.lora.r=4', 'critic.lm_weight=0', 'critic.blind_yardstick=false', 'training.gradient_checkpointing=true')
+    assert done.returncode == 0, done.stdout + done.stderr
+    best = project/f'storage/checkpoints/critic/{tuning}/checkpoint_best.pt'
+    state = torch.load(best, weights_only=True)['state']
+    assert any(n.startswith('backbone.') and 'lora_' not in n for n in state) == (tuning == 'full')
+    assert load_value_model(best)(torch.tensor([[3, 4, 5]])).values.isfinite().all()
+
+def test_critic_page_runs(project, first):
+    """nbs/critic.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget."""
+    shutil.copy(REPO/'nbs/critic.ipynb', project/'nbs')
+    small = [o for o in SMALL if 'max_steps' not in o] + ['training.max_steps=4']
+    done = shell(project, 'papermill', 'nbs/critic.ipynb', 'runs/critic.ipynb', '-y', json.dumps(dict(seeds=[0], overrides=small)), timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -35,7 +35,7 @@ def token_surprise(
     def back(x): return F.pad(torch.zeros(m.shape, device=x.device).masked_scatter(m, x), (1, 0))
     return back(picked - logits.logsumexp(-1)), back(logits.amax(-1) - picked)
 
-# %% ../nbs/03_models.ipynb #025815e1
+# %% ../nbs/03_models.ipynb #c3d60730
 class ValueHead(nn.Module):
     "Hidden states (B, T, D), and for `surprise` two more features (B, T, 2), to values (B, T) in float32."
     def __init__(self,
@@ -45,18 +45,20 @@ class ValueHead(nn.Module):
         bias:float=0., # Where the values start (0.5 for the lambda-return; sigmoid starts at 0.5 by itself)
     ):
         super().__init__()
-        D, extra = hidden_size, 2 if kind == 'surprise' else 0
-        self.kind = kind
+        D, self.kind = hidden_size, kind
         self.norm = nn.LayerNorm(D) # the scale of hidden states differs by backbone
         if kind in ('linear', 'sigmoid'): self.layers = nn.Sequential(nn.Linear(D, 1))
-        else: self.layers = nn.Sequential(nn.Linear(D+extra, D//4), nn.GELU(), nn.Dropout(dropout), nn.Linear(D//4, D//8), nn.GELU(),
+        else: self.layers = nn.Sequential(nn.Linear(D, D//4), nn.GELU(), nn.Dropout(dropout), nn.Linear(D//4, D//8), nn.GELU(),
                                           nn.Dropout(dropout), nn.Linear(D//8, 1))
         nn.init.constant_(self.layers[-1].bias, 0. if kind == 'sigmoid' else bias)
+        if kind == 'surprise': # starts near the likelihood as critic: 1 * log p + 0 * gap
+            self.gates = nn.Linear(D, 2)
+            with torch.no_grad(): self.gates.weight.zero_(); self.gates.bias.copy_(torch.tensor([1., 0.]))
 
     def forward(self, hidden, features=None):
         x = self.norm(hidden.float())
-        if self.kind == 'surprise': x = torch.cat([x, features.float()], -1)
         v = self.layers(x).squeeze(-1)
+        if self.kind == 'surprise': v = v + (self.gates(x) * features.float()).sum(-1)
         return v.sigmoid() if self.kind == 'sigmoid' else v
 
 # %% ../nbs/03_models.ipynb #ddd52ce9

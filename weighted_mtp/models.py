@@ -143,12 +143,12 @@ def build_value_model(
     if tuning == 'frozen': model.backbone.requires_grad_(False)
     return model
 
-# %% ../nbs/03_models.ipynb #5d36d69c
+# %% ../nbs/03_models.ipynb #ce8dbce0
 def trained_state(
     model, # A model whose untrained parameters are frozen
 )->dict: # Parameter names to tensors on the CPU: all of them if none is frozen
     "What a checkpoint has to hold of a model."
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} # both names of tied weights
     return {n: t.detach().cpu().clone() for n, t in model.state_dict().items() if n not in frozen}
 
 def save_checkpoint(

@@ -5,30 +5,31 @@
 # %% auto #0
 __all__ = ['token_html', 'critic_picture', 'write_page']
 
-# %% ../nbs/16_report.ipynb #514f95c5
+# %% ../nbs/16_report.ipynb #27f9384e
 import html
 from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import AsinhNorm, to_hex
 
-# %% ../nbs/16_report.ipynb #2ab27a1d
+# %% ../nbs/16_report.ipynb #8708c252
 def token_html(
     tokens, # Texts that make up the program
     numbers, # One number a token
-    low:float, high:float, # Ends of the colour scale
+    norm, # Number to [0, 1]: a matplotlib norm
     cmap:str='RdYlGn', # A matplotlib colour map
     marked=(), # Positions to underline
 )->str: # An HTML `<pre>`
     "Colour a program by a number a token; the number is the tooltip."
     def span(i, text, x):
-        rgb = colormaps[cmap]((min(max(x, low), high) - low)/((high - low) or 1))
+        rgb = colormaps[cmap](float(norm(x)))
         dark = .299*rgb[0] + .587*rgb[1] + .114*rgb[2] < .45 # text stays readable
         line = ';border-bottom:3px solid #000' if i in marked else ''
         return f'<span title="{x:.3f}" style="background:{to_hex(rgb)};color:{"#fff" if dark else "#000"}{line}">{html.escape(text)}</span>'
-    return '<pre style="line-height:1.6;font-size:13px;margin:0">' + ''.join(span(i, t, x) for i, (t, x) in enumerate(zip(tokens, numbers))) + '</pre>'
+    return '<pre style="line-height:1.6;font-size:13px;margin:0;white-space:pre-wrap">' + ''.join(span(i, t, x) for i, (t, x) in enumerate(zip(tokens, numbers))) + '</pre>'
 
-# %% ../nbs/16_report.ipynb #14824f6a
+# %% ../nbs/16_report.ipynb #3788d5a5
 def critic_picture(
     instruction:str, # The problem
     wrong, # (tokens, values, |delta|) of the wrong solution
@@ -37,13 +38,17 @@ def critic_picture(
     title:str='A held-out wrong solution and its correct twin',
 )->str: # A piece of HTML
     "A wrong and a correct solution side by side, coloured by value and by |delta|."
-    every = [x for _, v, _ in (wrong, right) for x in v]
-    jump = max(x for _, _, d in (wrong, right) for x in d)
-    cell = lambda s, marks: (f'<td style="vertical-align:top;padding:8px">{token_html(s[0], s[1], min(every), max(every), marked=marks)}</td>'
-                             f'<td style="vertical-align:top;padding:8px">{token_html(s[0], s[2], 0, jump, "YlOrRd", marks)}</td>')
+    cell = lambda pre: f'<td style="vertical-align:top;text-align:left;padding:8px;background:#fff">{pre}</td>'
+    def row(name, k, low, cmap):
+        every = np.array(wrong[k] + right[k])
+        norm = AsinhNorm(every.std() or 1, low, every.max())
+        return (f'<tr style="background:#fff"><th style="vertical-align:top;padding:8px">{name}</th>'
+                + cell(token_html(wrong[0], wrong[k], norm, cmap, marked)) + cell(token_html(right[0], right[k], norm, cmap)) + '</tr>')
+    low, high, jump = min(wrong[1] + right[1]), max(wrong[1] + right[1]), max(wrong[2] + right[2])
     return (f'<div style="background:#fff;color:#000;font-family:sans-serif"><h3>{html.escape(title)}</h3><p><b>{html.escape(instruction)}</b></p>'
-            f'<p>Value from {min(every):.2f} (red) to {max(every):.2f} (green); |&delta;| from 0 to {jump:.2f}. Underlined: what the mutation changed.</p>'
-            f'<table><tr><th></th><th>value</th><th>|&delta;|</th></tr><tr><th>wrong</th>{cell(wrong, marked)}</tr><tr><th>correct</th>{cell(right, ())}</tr></table></div>')
+            f'<p>Value from {low:.2f} (red) to {high:.2f} (green); |&delta;| from 0 (light) to {jump:.2f} (dark), asinh scales. Underlined: what the mutation changed. Under the mouse: the number.</p>'
+            f'<table style="color:#000"><tr style="background:#fff"><th></th><th style="text-align:left">wrong</th><th style="text-align:left">correct</th></tr>'
+            f'{row("value", 1, low, "RdYlGn")}{row("|&delta;|", 2, 0, "YlOrRd")}</table></div>')
 
 def write_page(
     body:str, # HTML

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from .config import UserError, flatten, load_config, project_root, to_yaml, write_text
 from .models import read_checkpoint, save_checkpoint
 
-# %% ../nbs/07_training.ipynb #58ed7c27
+# %% ../nbs/07_training.ipynb #e7d162aa
 def steps_per_epoch(
     n_items:int, # Training items
     t, # The config's `training` section
@@ -53,7 +53,7 @@ def training_arguments(
         output_dir=config.checkpoint.save_dir, num_train_epochs=t.n_epochs, max_steps=t.max_steps, seed=t.seed, data_seed=t.seed,
         per_device_train_batch_size=t.batch_size, per_device_eval_batch_size=t.batch_size, gradient_accumulation_steps=t.gradient_accumulation_steps,
         learning_rate=t.learning_rate, weight_decay=t.weight_decay, adam_beta1=t.adam_beta1, adam_beta2=t.adam_beta2, max_grad_norm=t.max_grad_norm,
-        gradient_checkpointing=t.gradient_checkpointing, bf16=cuda and config.model.dtype == 'bfloat16', use_cpu=not cuda,
+        activation_checkpointing=t.gradient_checkpointing, bf16=cuda and config.model.dtype == 'bfloat16', use_cpu=not cuda,
         eval_strategy='steps', eval_steps=every, save_strategy='steps', save_steps=every, metric_for_best_model=best_metric, greater_is_better=True,
         logging_steps=t.log_every, logging_nan_inf_filter=False, report_to=[], remove_unused_columns=False,
         dataloader_pin_memory=cuda, run_name=config.experiment.name) | kw))

@@ -256,7 +256,8 @@ def test_command_follows_a_run(project):
     assert 'record      runs/followed-critic-pretrain' in told[0].stdout and '4/4' in told[0].stdout
 
 def start_long(project, name, kind='long'): # long: a run with a grandchild that ignores SIGTERM, in a session of its own
-    p = start(project, 'wmtp-launch', 'critic', '--ngpus', '1', '--target', 'local', '--name', name, '--override', f'experiment.name={kind}')
+    p = start(project, 'wmtp-launch', 'critic', '--ngpus', '1', '--target', 'local', '--name', name, '--override', f'experiment.name={kind}',
+              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # a shell that runs pytest in the background has Ctrl-C ignored
     log = project/'runs'/name/'log.txt'
     until(lambda: log.is_file() and ('training' if kind == 'slow' else 'grandchild') in log.read_text())
     return p, project/'runs'/name

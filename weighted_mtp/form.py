@@ -59,17 +59,18 @@ class RunView:
         from IPython.display import display
         display(self.widget)
 
-# %% ../nbs/14_form.ipynb #355d224a
+# %% ../nbs/14_form.ipynb #490e80ad
 def _fields(): # one widget a request field
-    wide, style = widgets.Layout(width='34em'), {'description_width': '10em'}
-    def text(label, hint='', cls=widgets.Text): return cls(description=label, placeholder=hint, layout=wide, style=style, continuous_update=True)
-    def pick(label, options): return widgets.Dropdown(description=label, options=options, layout=wide, style=style)
+    style = {'description_width': '10em'}
+    def wide(): return widgets.Layout(width='34em') # one each: hiding a widget hides all that share its layout
+    def text(label, hint='', cls=widgets.Text): return cls(description=label, placeholder=hint, layout=wide(), style=style, continuous_update=True)
+    def pick(label, options): return widgets.Dropdown(description=label, options=options, layout=wide(), style=style)
     return dict(pipeline=pick('pipeline', PIPELINES),
         ngpus=widgets.ToggleButtons(description='GPUs', options=(1, 2, 4), style={**style, 'button_width': '4em'}),
         batch_size=text('batch size', "per GPU; empty: the config's"), grad_accum=text('accumulation', "steps; empty: the config's"),
         effective_batch=text('effective batch', 'instead of the two above'), critic_checkpoint=text('critic checkpoint', "path; empty: the config's"),
         overrides=text('overrides', 'training.beta=0.5\none a line', widgets.Textarea), target=pick('target', PLACES),
-        dry_run=widgets.Checkbox(description='dry run: plan and record, start nothing', indent=False, layout=wide))
+        dry_run=widgets.Checkbox(description='dry run: plan and record, start nothing', indent=False, layout=wide()))
 
 def _value(widget): # an empty box is a field not given
     v = widget.value

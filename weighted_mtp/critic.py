@@ -152,7 +152,7 @@ def evaluate(self:CriticObjective, trainer, split):
     model.train()
     return pair_metrics(rows[:, :5], rows[:, 5:10], rows[:, 10].long(), rows[:, 11:])
 
-# %% ../nbs/08_critic.ipynb #ab147fff
+# %% ../nbs/08_critic.ipynb #3d28e813
 @torch.no_grad()
 def token_values(
     model, tokenizer,
@@ -171,13 +171,15 @@ def picture_of_pair(
     model, tokenizer,
     path, # JSONL file with `twin` lines
     max_length:int=2048,
-    which:int=0, # The how-manieth mutant of the file
+    which:int=0, # The how-manieth problem of the file; its first mutant is shown
 )->str: # HTML, or '' where the file knows of no twins
     "A wrong solution and its correct twin, coloured by the critic."
     rows = read_solutions(path)
-    mutants = [r for r in rows if r.get('twin') is not None and r.get('mutation')]
-    if not mutants: return ''
-    wrong = mutants[which % len(mutants)]
+    first = {}
+    for r in rows:
+        if r.get('twin') is not None and r.get('mutation'): first.setdefault(r['problem_id'], r)
+    if not first: return ''
+    wrong = list(first.values())[which % len(first)]
     a, b = encode_solutions([wrong, rows[wrong['twin']]], tokenizer, max_length)
     if a is None or b is None: return ''
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
@@ -216,7 +218,7 @@ def _fit(config, objective, stage, i, n): # train one critic; its progress is pa
     trainer.train()
     return trainer
 
-# %% ../nbs/08_critic.ipynb #b2510e17
+# %% ../nbs/08_critic.ipynb #cfea0f46
 def run_critic(
     config, # A loaded config of the pipeline `critic`
 )->dict: # The metrics of the best checkpoint
@@ -232,7 +234,7 @@ def run_critic(
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
         if config.critic.blind_yardstick: result['metrics'] |= {f'{split}/{k}': v for k, v in _blind(config, tokenizer, split, stages).items()}
-        picture = picture_of_pair(trainer.model.eval(), objective.tokenizer, getattr(config.dataset, split), config.dataset.max_length)
+        picture = ''.join(picture_of_pair(trainer.model.eval(), objective.tokenizer, getattr(config.dataset, split), config.dataset.max_length, i) for i in range(3))
         folder = os.environ.get('WMTP_RUN_DIR')
         if picture and folder: result['pictures'].append(str(write_page(picture, Path(folder)/'critic_tokens.html')))
         _table(result['metrics'])

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'ENV_HINT', 'UserError', 'nearest', 'write_text',
-           'read_json', 'flatten', 'project_root', 'Experiment', 'Dataset', 'DataSampling', 'Lora', 'Model', 'Critic',
-           'Training', 'Checkpoint', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys', 'check_config',
+           'locked', 'read_json', 'flatten', 'project_root', 'Experiment', 'Dataset', 'DataSampling', 'Lora', 'Model',
+           'Critic', 'Training', 'Checkpoint', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys', 'check_config',
            'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env']
 
 # %% ../nbs/00_config.ipynb #6bdca220
-import difflib, json, os, time
+import difflib, fcntl, json, os, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -48,6 +49,17 @@ def write_text(
         temp.write_text(text, encoding='utf-8')
         os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
+
+@contextmanager
+def locked(
+    folder, # An existing folder
+):
+    "Hold a folder against other processes: the folder itself is the lock, so there is no extra file, and it is freed when its holder dies."
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally: os.close(handle)
 
 def read_json(
     path, # A JSON file holding an object
@@ -159,6 +171,7 @@ class Training:
     seed: int = 42 # Initial weights, shuffling, dropout
     cpu_threads: int|None = None # torch threads on a CPU (null: torch's choice); fixed, runs repeat bit for bit
     log_every: int = 10 # Optimizer steps
+    max_bad_steps: int = 3 # Stop after so many steps running whose loss is no number; single ones are left out
     gamma: float = 1.0 # Discount
     td_lambda: float = 0.95
     td_lambda_end: float = 0.95 # What td_lambda decays to
@@ -167,8 +180,7 @@ class Training:
     beta: float = 1.0 # Temperature of the weights
     weight_clip_min: float = 0.1
     weight_clip_max: float = 3.0
-    moments_momentum: float = 0.1 # Of the running advantage moments
-    moments_warmup_steps: int = 10
+    moments_momentum: float = 0.1 # Of the running advantage moments; the first 1/0.1 steps average plainly
     normalize_weights: bool = False # Divide the mean of the clipped weights out
     k_percent: float = 0.7 # rho1: share of tokens kept, per head
     rho1_mode: str = 'signed' # signed | absolute | difficult
@@ -217,7 +229,7 @@ CHOICES = {'pipeline': PIPELINES,
 AT_LEAST_ONE = ('dataset.max_length', 'dataset.n_problems', 'data_sampling.n_samples', 'data_sampling.n_validation',
     'data_sampling.max_pairs_per_problem', 'model.n_future_tokens', 'model.lora.r', 'model.lora.alpha', 'model.hidden_size',
     'model.n_layers', 'model.n_heads', 'training.batch_size', 'training.gradient_accumulation_steps', 'training.cpu_threads',
-    'training.log_every', 'checkpoint.save_total_limit')
+    'training.log_every', 'training.max_bad_steps', 'checkpoint.save_total_limit')
 RANGES = {'training.n_epochs': (0, None, False), 'training.learning_rate': (0, None, False), # low, high, low itself allowed
     'training.head_learning_rate': (0, None, False), 'training.max_grad_norm': (0, None, False), 'training.beta': (0, None, False),
     'training.weight_clip_min': (0, None, True), 'training.weight_clip_max': (0, None, False), 'training.weight_decay': (0, None, True),
@@ -274,6 +286,8 @@ def _relations(config): # values that are possible alone but not together
         yield "critic.pairwise_weight and critic.value_weight are both 0: there is nothing to train."
     if config.model.hidden_size % config.model.n_heads:
         yield f"model.hidden_size = {config.model.hidden_size} is not a multiple of model.n_heads = {config.model.n_heads}."
+    if config.model.n_future_tokens >= config.dataset.max_length:
+        yield f"model.n_future_tokens = {config.model.n_future_tokens} looks past dataset.max_length = {config.dataset.max_length}: no sequence is that long."
     if not config.experiment.name or Path(config.experiment.name).name != config.experiment.name or config.experiment.name == '..':
         yield f"experiment.name = {config.experiment.name!r}: must be a plain folder name."
     if '@' in urlsplit(config.mlflow.tracking_uri or '').netloc:

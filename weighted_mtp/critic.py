@@ -7,20 +7,19 @@ __all__ = ['sequence_stats', 'drop_near_mutation', 'pair_metrics', 'CriticObject
            'run_critic']
 
 # %% ../nbs/08_critic.ipynb #52ca8c29
-import os, time
-from pathlib import Path
+import time
 
 import torch
 from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import set_seed
 
 from .config import UserError, apply_overrides
-from .data import KINDS, collate_pairs, encode_solutions, load_pairs, read_solutions
+from .data import KINDS, collate_pairs, encode_solutions, load_pairs, read_solutions, vocabulary_id
 from .losses import pairwise_loss, value_loss
-from .models import build_value_model, load_backbone
+from .models import build_value_model
 from .report import critic_picture, write_page
-from .training import ProgressFile, WeightedTrainer, finish, total_steps, tracked_run
+from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import lambda_returns, lambda_schedule, td_errors
 
 # %% ../nbs/08_critic.ipynb #9af80d12
@@ -85,15 +84,13 @@ class CriticObjective:
     "What the trainer has to know of the critic."
     best_metric = 'pairwise_accuracy'
 
-    def __init__(self, config, backbone=None, tokenizer=None):
+    def __init__(self, config, tokenizer, backbone):
         d, c = config.dataset, config.critic
-        self.config, self.tokenizer = config, tokenizer or AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.backbone)
+        self.config, self.tokenizer = config, tokenizer
         load = lambda path, n: load_pairs(path, self.tokenizer, n, config.data_sampling, d.max_length, d.blind)
         self.data = load(d.train, config.data_sampling.n_samples)
         self.splits = {k: load(p, config.data_sampling.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
-        dtype = getattr(torch, config.model.dtype) if torch.cuda.is_available() else torch.float32
-        backbone = backbone or load_backbone(config.model.backbone, dtype)
         self.model = build_value_model(backbone, config.model.tuning, config.model.lora, c.head, c.head_dropout, c.initial_value if c.value_weight else 0.)
         self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
 
@@ -101,10 +98,10 @@ class CriticObjective:
 
     def counts(self, batch): # pairs, next-token targets of the correct solutions
         B = len(batch['labels'])//2
-        return torch.stack([torch.tensor(float(B)), (batch['labels'][:B, 1:] != -100).sum().float().cpu()])
+        return torch.stack([(batch['labels'] != -100).any(1).view(2, B).all(0).sum(), (batch['labels'][:B, 1:] != -100).sum()]).float()
 
     def checkpoint_facts(self):
-        return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone)
+        return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone, vocabulary=vocabulary_id(self.tokenizer))
 
 # %% ../nbs/08_critic.ipynb #b6217917
 @patch
@@ -124,13 +121,13 @@ def loss(self:CriticObjective, model, batch, totals):
     if self.progress < c.lm_first: return self.lm_loss(model, batch, totals)
     mask = batch['labels'] != -100
     out = model(batch['input_ids'], batch['attention_mask'], mask, with_logp=c.lm_weight > 0)
-    v, parts = out.values, {}
-    if c.pairwise_weight: parts['pairwise_loss'] = c.pairwise_weight * pairwise_loss(v[:B], mask[:B], v[B:], mask[B:]) * B/totals[0]
+    v, parts, share = out.values, {}, self.counts(batch)[0]/totals[0] # of the step's pairs
+    if c.pairwise_weight: parts['pairwise_loss'] = c.pairwise_weight * pairwise_loss(v[:B], mask[:B], v[B:], mask[B:]) * share
     if c.value_weight:
         lam = lambda_schedule(self.progress, t.td_lambda, t.td_lambda_end, t.td_lambda_schedule, t.td_lambda_hold)
         correct = torch.cat([torch.ones(B), torch.zeros(B)]).to(v)
         target = lambda_returns(v.detach(), correct, mask, t.gamma, lam)
-        parts['value_loss'] = c.value_weight * value_loss(v, target, mask, c.value_loss) * B/totals[0]
+        parts['value_loss'] = c.value_weight * value_loss(v, target, mask, c.value_loss) * share
     if c.lm_weight:
         parts['lm_loss'] = -c.lm_weight * (out.logp*mask)[:B, 1:].sum()/totals[1]
     return sum(parts.values()), parts
@@ -185,69 +182,29 @@ def picture_of_pair(
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
     return critic_picture(wrong['instruction'], token_values(model, tokenizer, a), token_values(model, tokenizer, b), marked)
 
-# %% ../nbs/08_critic.ipynb #9b1a0bd4
-def _prepare_data(config): # make the embedded default where it is asked for and absent
-    if not config.dataset.embedded: return None
-    from weighted_mtp.synthetic import make_dataset
-    n = config.dataset.n_problems
-    kw = dict(n_problems=n, n_held_out=min(400, n//2)) if n else {}
-    folder = Path(config.dataset.train).parent
-    print(f'{folder}: {make_dataset(folder, **kw)["counts"]}', flush=True)
-    return AutoTokenizer.from_pretrained(folder/'tokenizer')
-
-def _objective(config, tokenizer):
-    m, backbone = config.model, None
-    if m.tokenizer: tokenizer = AutoTokenizer.from_pretrained(m.tokenizer)
-    if m.backbone == 'micro':
-        if tokenizer is None: raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or dataset.embedded=true.")
-        from weighted_mtp.synthetic import make_micro_model
-        backbone = make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers, n_heads=m.n_heads, max_length=config.dataset.max_length, seed=config.training.seed)
-    return CriticObjective(config, backbone, tokenizer)
-
-class _TellProgress(TrainerCallback): # the objective's phases and its lambda follow how far training is
-    def __init__(self, objective): self.objective = objective
-    def on_step_begin(self, args, state, control, **kw): self.objective.progress = state.global_step / max(1, state.max_steps)
-
-def _fit(config, objective, stage, i, n): # train one critic; its progress is part i of n
-    folder = os.environ.get('WMTP_RUN_DIR')
-    trainer = WeightedTrainer(objective, config, report_to=['mlflow'] if i == 0 else [], **(dict(save_strategy='no', eval_strategy='no') if i else {}))
-    trainer.add_callback(_TellProgress(objective))
-    if folder:
-        total = total_steps(len(objective.data), config.training, trainer.accelerator.num_processes)
-        trainer.add_callback(ProgressFile(Path(folder)/'progress.json', stage, i*total, n*total))
-    trainer.train()
-    return trainer
-
 # %% ../nbs/08_critic.ipynb #cfea0f46
 def run_critic(
     config, # A loaded config of the pipeline `critic`
 )->dict: # The metrics of the best checkpoint
     "The pipeline `critic`, from data to checkpoint, MLflow run and picture."
-    tokenizer = _prepare_data(config)
-    objective = _objective(config, tokenizer)
-    with tracked_run(config) as result:
-        stages = 2 if config.critic.blind_yardstick else 1
-        start = time.monotonic()
-        trainer = _fit(config, objective, 'critic', 0, stages)
+    objective = CriticObjective(config, *load_parts(config))
+    with tracked_run(config) as (result, run):
+        stages, start = 2 if config.critic.blind_yardstick else 1, time.monotonic()
+        trainer = fit(objective, config, run, 'critic', of=stages)
         result['seconds']['critic'] = time.monotonic() - start
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
-        if config.critic.blind_yardstick: result['metrics'] |= {f'{split}/{k}': v for k, v in _blind(config, tokenizer, split, stages).items()}
+        if config.critic.blind_yardstick: result['metrics'] |= {f'{split}/{k}': v for k, v in _blind(config, split).items()}
         picture = ''.join(picture_of_pair(trainer.model.eval(), objective.tokenizer, getattr(config.dataset, split), config.dataset.max_length, i) for i in range(3))
-        folder = os.environ.get('WMTP_RUN_DIR')
-        if picture and folder: result['pictures'].append(str(write_page(picture, Path(folder)/'critic_tokens.html')))
-        _table(result['metrics'])
+        if picture and record_dir(): result['pictures'].append(str(write_page(picture, record_dir()/'critic_tokens.html')))
+        print_metrics(result['metrics'])
     return result['metrics']
 
-def _blind(config, tokenizer, split, stages): # the same budget without the problems
+def _blind(config, split): # the same budget without the problems
     print('blind yardstick: the same training without the problems', flush=True)
     config = apply_overrides(config, ['dataset.blind=true', 'critic.blind_yardstick=false'])
     set_seed(config.training.seed)
-    objective = _objective(config, tokenizer)
-    metrics = objective.evaluate(_fit(config, objective, 'blind yardstick', 1, stages), split)
+    objective = CriticObjective(config, *load_parts(config))
+    metrics = objective.evaluate(fit(objective, config, stage='blind yardstick', part=1, of=2), split)
     return {k.replace('pairwise', 'blind'): v for k, v in metrics.items() if k.startswith('pairwise_accuracy')}
-
-# %% ../nbs/08_critic.ipynb #a2214813
-def _table(metrics): # the end of the log: what a reader looks for
-    print('\n'.join(f'{k:38} {v:8.3f}' for k, v in sorted(metrics.items())), flush=True)

@@ -8,28 +8,19 @@ __all__ = ['PACKAGES', 'VANISHED', 'COLUMNS', 'now', 'update_record', 'versions'
            'load_record', 'list_records', 'compare_records']
 
 # %% ../nbs/11_records.ipynb #4ada2d5c
-import atexit, fcntl, json, os, platform, shutil, subprocess, time
-from contextlib import contextmanager
+import atexit, json, os, platform, shutil, subprocess, time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-from .config import UserError, flatten, project_root, read_json, write_text
+from .config import UserError, flatten, locked, project_root, read_json, write_text
 
 # %% ../nbs/11_records.ipynb #306bd410
 def now()->str:
     "The time, in UTC, as records hold it."
     return datetime.now(timezone.utc).isoformat(timespec='milliseconds')
-
-@contextmanager
-def _locked(folder): # the folder itself is the lock: no extra file, and freed when its holder dies
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally: os.close(handle)
 
 def update_record(
     folder, # The record's folder
@@ -37,7 +28,7 @@ def update_record(
 )->dict: # The record after the change
     "Change fields of `record.json` and leave the others as they are."
     folder = Path(folder)
-    with _locked(folder):
+    with locked(folder):
         record = {**read_json(folder/'record.json'), **changes}
         write_text(folder/'record.json', json.dumps(record, indent=1, ensure_ascii=False))
     return record

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .config import UserError
+from .config import UserError, locked
 from .data import format_prompt
 
 # %% ../nbs/05_synthetic.ipynb #82a58396
@@ -563,7 +563,11 @@ def make_dataset(
     "The embedded default: `train`, `validation`, `test` (`.jsonl` and `.tests.json`) and a tokenizer. The splits share no problem."
     folder = Path(folder)
     asked = dict(format=2, generator=_fingerprint(seed), n_problems=n_problems, n_held_out=n_held_out, seed=seed, per_problem=per_problem, vocab_size=vocab_size)
-    made = folder/'dataset.json'
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent): return _make_dataset(folder, asked) # of several ranks, or runs, one makes it
+
+def _make_dataset(folder, asked):
+    made, per_problem, seed, n_problems, n_held_out = folder/'dataset.json', *(asked[k] for k in ('per_problem', 'seed', 'n_problems', 'n_held_out'))
     if made.is_file() and (facts := json.loads(made.read_text()))['arguments'] == asked: return facts
     part = folder.with_name(folder.name + '.part') # renamed when complete: half a data set is never taken for one
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
@@ -572,7 +576,7 @@ def make_dataset(
         cut = dict(validation=problems[:n_held_out], test=problems[n_held_out:2*n_held_out], train=problems[2*n_held_out:])
         counts = {s: _write_split(part, s, cut[s], per_problem, seed, map) for s in SPLITS}
     rows = [json.loads(l) for l in (part/'train.jsonl').read_text(encoding='utf-8').splitlines()]
-    train_tokenizer((t for r in rows for t in (format_prompt(r['instruction'], r['input']), r['output'])), part/'tokenizer', vocab_size)
+    train_tokenizer((t for r in rows for t in (format_prompt(r['instruction'], r['input']), r['output'])), part/'tokenizer', asked['vocab_size'])
     facts = dict(arguments=asked, counts=counts)
     (part/'dataset.json').write_text(json.dumps(facts, indent=1))
     shutil.rmtree(folder, ignore_errors=True); part.replace(folder)

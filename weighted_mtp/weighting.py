@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['td_errors', 'gae_advantages', 'lambda_returns', 'lambda_schedule', 'batch_moments', 'advantage_weights',
-           'RunningMoments', 'select_tokens']
+           'RunningMoments', 'by_source', 'selected_count', 'select_tokens']
 
 # %% ../nbs/01_weighting.ipynb #169ac3ef
 import math
@@ -165,8 +165,19 @@ class RunningMoments:
         self._mean, self._var, self._count = (torch.as_tensor(state[k], dtype=torch.float32) for k in ('mean', 'var', 'count'))
 
 # %% ../nbs/01_weighting.ipynb #c9256342
-def _targets(mask, n): # (B, T, n): whether the target t+k of head k is a response token
-    return F.pad(mask, (0, n)).unfold(1, n+1, 1)[..., 1:]
+def by_source(
+    x, # (B, T) something about tokens
+    n:int, # Heads
+): # (B, T, n): [t, k-1] is x at t+k, the target of head k at t; 0 past the end
+    "What every head's target has, seen from where it is predicted."
+    return F.pad(x, (0, n)).unfold(1, n+1, 1)[..., 1:]
+
+def selected_count(
+    n, # Valid targets: a number or a tensor
+    k_percent:float, # Share of them to keep
+): # float64 tensor
+    "How many tokens Rho-1 keeps of n: ceil(k n)."
+    return (k_percent*torch.as_tensor(n).double() * (1-1e-9)).ceil() # 0.07 * 100 is 7.000000000000001
 
 def select_tokens(
     policy_ce, # (B, T, n) losses of the policy's heads, source-indexed
@@ -179,10 +190,9 @@ def select_tokens(
     if mode not in ('signed', 'absolute', 'difficult'): raise ValueError(f"mode = {mode!r}: allowed are signed, absolute, difficult")
     if not 0 < k_percent <= 1: raise ValueError(f"k_percent = {k_percent}: must be above 0 and at most 1")
     p, r, n = policy_ce.detach().float(), reference_ce.detach().float(), policy_ce.shape[-1]
-    valid = _targets(mask.bool(), n).flatten(0, 1) # (B*T, n)
+    valid = by_source(mask.bool(), n).flatten(0, 1) # (B*T, n)
     score = {'signed': p-r, 'absolute': (p-r).abs(), 'difficult': r}[mode].flatten(0, 1)
     score = score.nan_to_num(torch.finfo(torch.float32).min) # only what is not valid is -inf
     order = score.masked_fill(~valid, -torch.inf).sort(dim=0, descending=True, stable=True).indices
-    keep = (k_percent*valid.sum(0).double() * (1-1e-9)).ceil() # 0.07 * 100 is 7.000000000000001
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)[:, None].expand_as(order))
-    return ((rank < keep) & valid).float().view_as(p)
+    return ((rank < selected_count(valid.sum(0), k_percent)) & valid).float().view_as(p)

@@ -1,0 +1,156 @@
+"""One process or two, sharded or not, whole or cut into micro-batches: the same training. And what happens when one of two fails."""
+import json, os, shutil, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+
+REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
+CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
+
+def shell(root, *words, n=1, timeout=300): # a program of ours, under torchrun where it is more than one process
+    launcher = [sys.executable] if n == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+    env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([*launcher, *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
+
+def train(root, pipeline, *overrides, n=1):
+    words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
+    return shell(root, '-m', f'weighted_mtp.pipelines.run_{pipeline}', '--config', f'configs/{pipeline}/{pipeline}_micro.yaml', *words, n=n)
+
+MODELS = '''
+import torch
+from transformers import AutoTokenizer
+from weighted_mtp.data import vocabulary_id
+from weighted_mtp.models import build_policy, build_value_model, save_checkpoint
+from weighted_mtp.synthetic import make_dataset, make_micro_model
+make_dataset('storage/datasets/synthetic', n_problems=100, n_held_out=50)
+tok = AutoTokenizer.from_pretrained('storage/datasets/synthetic/tokenizer')
+def micro(seed): return make_micro_model(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256, seed=seed)
+torch.manual_seed(0)
+save_checkpoint('critic.pt', build_value_model(micro(1), head='surprise'), vocabulary=vocabulary_id(tok))
+save_checkpoint('reference.pt', build_policy(micro(2), 1), vocabulary=vocabulary_id(tok))
+'''
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('distributed')
+    shutil.copytree(REPO/'configs', root/'configs')
+    shutil.copy(REPO/'settings.ini', root/'settings.ini')
+    done = shell(root, '-c', MODELS)
+    assert done.returncode == 0, done.stderr
+    return root
+
+# three steps of every objective, with a learning rate so small that the weights stay what they are
+STEPS = '''
+import json, sys, torch
+from weighted_mtp.config import load_config
+from weighted_mtp.critic import CriticObjective
+from weighted_mtp.policies import OBJECTIVES
+from weighted_mtp.training import WeightedTrainer, is_main, load_parts, prepare, whole
+out, overrides = sys.argv[1], sys.argv[2:]
+found = {}
+for name in %r:
+    c = load_config(f'configs/{name}/{name}_micro.yaml', overrides + ([f'critic.value_weight=0.5', 'critic.lm_first=0'] if name == 'critic' else []))
+    prepare(c)
+    grads = []
+    class Trainer(WeightedTrainer):
+        def _clip_grad_norm(self, model):
+            grads.append(torch.cat([whole(p.grad).flatten() for _, p in sorted(self.model.named_parameters())]))
+            return super()._clip_grad_norm(model)
+    objective = {**OBJECTIVES, 'critic': CriticObjective}[name](c, *load_parts(c))
+    trainer = Trainer(objective, c, disable_tqdm=True, save_strategy='no', eval_strategy='no')
+    total = sum(p.numel() for p in objective.model.parameters())
+    held = sum(getattr(p, '_local_tensor', p).numel() for p in objective.model.parameters())
+    trainer.train()
+    logs = [l for l in trainer.state.log_history if 'train/loss' in l]
+    found[name] = dict(grads=torch.stack(grads), logs=[{k: v for k, v in l.items() if k.startswith('train/')} for l in logs], held=held/total, judged=trainer.evaluate(),
+                       items=[len(objective.data)], moments=getattr(objective, 'moments', None) and objective.moments.state_dict())
+if is_main(): torch.save(found, out)
+''' % (PIPELINES,)
+
+def cut(batch, accum): return [f'training.batch_size={batch}', f'training.gradient_accumulation_steps={accum}']
+CUTS = {'one 1 x 24': (1, [*cut(24, 1)]), 'one 3 x 8': (1, cut(8, 3)),
+        'two 3 x 4, sharded': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=FULL_SHARD']), 'two 3 x 4, DDP': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=NO_SHARD'])}
+
+@pytest.fixture(scope='module')
+def steps(root):
+    """150 of 300 solutions a rank and 24 a step: the third step of three is whole; an epoch's last, partial step has a test of its own below."""
+    (root/'steps.py').write_text(STEPS)
+    found = {}
+    for name, (n, overrides) in CUTS.items():
+        out = root/f'{n}-{len(found)}.pt'
+        done = shell(root, 'steps.py', str(out), *SMALL, CRITIC, REFERENCE, *overrides, 'training.max_steps=3', 'training.learning_rate=1e-9', 'training.head_learning_rate=1e-9', n=n)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = torch.load(out, weights_only=True)
+    return found
+
+@pytest.mark.parametrize('pipeline', PIPELINES)
+@pytest.mark.parametrize('name', list(CUTS)[1:])
+def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
+    want, got = steps['one 1 x 24'][pipeline], steps[name][pipeline]
+    for g, w in zip(got['grads'], want['grads'], strict=True): torch.testing.assert_close(g, w, rtol=0, atol=1e-5*w.abs().max().item())
+    for g, w in zip(got['logs'], want['logs'], strict=True):
+        assert g.keys() == w.keys()
+        for k in g: assert g[k] == pytest.approx(w[k], rel=1e-5, abs=1e-6), k
+    for k, w in want['judged'].items(): assert got['judged'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
+    if want['moments']: torch.testing.assert_close(got['moments'], want['moments'])
+
+def test_sharding_spreads_the_parameters(steps):
+    for name, (n, _) in CUTS.items():
+        for pipeline, found in steps[name].items():
+            if 'sharded' in name: assert .4 < found['held'] < .6, (pipeline, found['held'])
+            else: assert found['held'] == 1
+
+@pytest.mark.parametrize('pipeline, strategy', [*[(p, 'FULL_SHARD') for p in PIPELINES], ('baseline', 'NO_SHARD')])
+def test_two_processes_train_to_the_end(root, pipeline, strategy):
+    """A whole small run on two ranks, over the end of an epoch (300 solutions make 12.5 steps of 24): the files are one process's, and one process can go on from them."""
+    folder = root/f'ckpt-{pipeline}-{strategy}'
+    steps = 15 if pipeline != 'critic' else 13
+    common = [*cut(4, 3), CRITIC, REFERENCE, f'training.max_steps={steps}', f'checkpoint.save_dir={folder}', f'distributed.fsdp.sharding_strategy={strategy}', 'critic.lm_first=0', 'critic.blind_yardstick=false', 'checkpoint.save_checkpoint_every=0.5']
+    done = train(root, pipeline, *common, n=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('train.jsonl:') == 1 # only rank 0 speaks
+    two = torch.load(folder/'checkpoint_final.pt', weights_only=True)
+    assert two['step'] == steps and not list(folder.glob('*.part'))
+    if pipeline not in ('verifiable', 'critic'): return # these two have the most to take along
+    # back to the first epoch checkpoint, as after a kill, and on with one process: another cut of the same 24
+    first = sorted(folder.glob('checkpoint_epoch_*.pt'), key=lambda f: torch.load(f, weights_only=True)['step'])
+    for f in first[1:]: f.unlink()
+    (folder/'run.json').write_text(json.dumps({**json.loads((folder/'run.json').read_text()), 'finished': False}))
+    done = train(root, pipeline, *common, *cut(24, 1))
+    assert done.returncode == 0 and 'going on from' in done.stdout, done.stdout + done.stderr[-3000:]
+    one = torch.load(folder/'checkpoint_final.pt', weights_only=True)
+    assert one['step'] == steps
+    for k, w in two['metrics'].items():
+        if 'loss' in k: assert one['metrics'][k] == pytest.approx(w, rel=1e-3), k # Adam amplifies rounding: close, not equal
+
+FAIL = '''
+import sys
+from weighted_mtp.config import UserError
+from weighted_mtp.policies import PolicyObjective, run_policy
+from weighted_mtp.training import is_main, pipeline_main
+import weighted_mtp.policies as p
+class Failing(PolicyObjective):
+    seen = 0
+    def loss(self, *a):
+        self.seen += 1
+        if self.seen == 4 and not is_main(): raise KIND('planted failure of rank 1')
+        return super().loss(*a)
+p.OBJECTIVES['baseline'] = Failing
+pipeline_main('baseline', run_policy)
+'''
+
+@pytest.mark.parametrize('kind', ['UserError', 'RuntimeError'])
+def test_failing_rank_ends_the_job_with_its_own_error_first(root, tmp_path, kind):
+    (tmp_path/'fail.py').write_text(FAIL.replace('KIND', kind))
+    words = [w for o in (*SMALL, f'checkpoint.save_dir={tmp_path}/ckpt', 'training.max_steps=500') for w in ('--override', o)]
+    os.environ['WMTP_RUN_DIR'] = str(tmp_path)
+    try:
+        done = shell(root, str(tmp_path/'fail.py'), '--config', 'configs/baseline/baseline_micro.yaml', *words, n=2, timeout=120)
+    finally: del os.environ['WMTP_RUN_DIR']
+    assert done.returncode != 0
+    errors = [l for l in done.stderr.splitlines() if 'Error' in l]
+    assert 'planted failure of rank 1' in errors[0], errors
+    assert (tmp_path/'error.txt').read_text().endswith('planted failure of rank 1')
+    if kind == 'UserError': assert done.stderr.count('Traceback') <= 1 # torchrun's own

@@ -1,0 +1,254 @@
+"""The MTP loss against its definition, written as loops, on what the notebook does not show; and what it never does."""
+import json, os, subprocess, sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from weighted_mtp import losses
+from weighted_mtp.losses import mtp_counts, mtp_cross_entropy, mtp_loss, mtp_token_cross_entropy
+
+REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+KINDS, DTYPES = ('none', 'target', 'source'), (torch.float32, torch.bfloat16, torch.float64)
+
+
+def reference(hidden, unembedding, labels, weights=None, normalizer=None):
+    "SPEC section 4 token by token: (loss, token losses, counts)."
+    B, T, n, _ = hidden.shape
+    token, terms, counts = torch.zeros(B, T, n, dtype=hidden.dtype), [[] for _ in range(n)], torch.zeros(n)
+    for b, t, k in product(range(B), range(T), range(1, n+1)):
+        if t+k >= T or labels[b, t+k] == -100: continue
+        ce = F.cross_entropy(unembedding @ hidden[b, t, k-1], labels[b, t+k])
+        w = 1. if weights is None else weights[b, t, k-1] if weights.ndim == 3 else weights[b, t+k]
+        token[b, t, k-1] = ce.detach()
+        terms[k-1].append(w*ce)
+        counts[k-1] += 1
+    N = counts.tolist() if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float64).expand(n).tolist()
+    return sum(sum(x)/N[k] for k, x in enumerate(terms) if x)/n, token, counts
+
+def example(T=11, n=4, B=5, D=6, V=23, kind='target', dtype=torch.float32, seed=0):
+    "Random holes, a row without targets, a full one, only the first or last token; junk on what has no target."
+    g = torch.Generator().manual_seed(seed)
+    hidden, unembedding = torch.randn(B, T, n, D, generator=g), torch.randn(V, D, generator=g)
+    labels, mask = torch.randint(0, V, (B, T), generator=g), torch.rand(B, T, generator=g) < .6
+    mask[0], mask[1] = False, True
+    mask[2], mask[3] = (torch.arange(T) == T-1), (torch.arange(T) == 0)
+    weights = {'none': None, 'target': torch.rand(B, T, generator=g), 'source': torch.rand(B, T, n, generator=g)}[kind]
+    if weights is not None: weights[weights < .3] = 0
+    return hidden.to(dtype), unembedding.to(dtype), labels.masked_fill(~mask, -100), weights
+
+def gradients(f, hidden, unembedding, *rest):
+    h, u = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+    loss = f(h, u, *rest)
+    loss.backward()
+    return loss.detach(), h.grad, u.grad
+
+def near(got, want, rel=1e-5): assert (got.double()-want.double()).abs().max() <= rel*want.double().abs().max()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('n', (1, 2, 3, 4))
+def test_agrees_with_the_definition(kind, dtype, n, monkeypatch):
+    monkeypatch.setattr(losses, '_chunk_rows', lambda V, D: 7) # several chunks, the last one not full
+    for seed in range(2):
+        h, u, y, w = example(n=n, kind=kind, dtype=dtype, seed=seed)
+        want, grad_h, grad_u = gradients(lambda *x: reference(*x)[0], h.double(), u.double(), y, w)
+        got = gradients(mtp_cross_entropy, h, u, y, w)
+        assert got[0].dtype == torch.float32 and got[0].shape == () and got[1].dtype == got[2].dtype == dtype
+        near(got[0], want)
+        for a, b in zip(got[1:], (grad_h, grad_u)): near(a, b, 5e-3 if dtype == torch.bfloat16 else 1e-5) # bfloat16 only rounds the result
+        _, token, counts = reference(h.double(), u.double(), y)
+        assert torch.equal(mtp_counts(y, n), counts)
+        mine = mtp_token_cross_entropy(h, u, y)
+        assert mine.dtype == torch.float32 and not mine.requires_grad
+        assert_close(mine, token.float(), rtol=1e-5, atol=1e-6)
+        assert ((mine == 0) == (token == 0)).all()
+
+@pytest.mark.parametrize('kind', ('target', 'source'))
+def test_normalizer(kind):
+    h, u, y, w = example(kind=kind)
+    for N in (17, 17., torch.tensor(17.), torch.tensor([9, 8, 7, 6]), [9., .5, 7., 6.], torch.rand(4, dtype=torch.float64) + .1): # below 1: counts/world_size
+        for got, want in zip(gradients(mtp_cross_entropy, h, u, y, w, N), gradients(lambda *x: reference(*x)[0], h.double(), u.double(), y, w, N)): near(got, want)
+    step = mtp_counts(y, 4)
+    parts = [gradients(mtp_cross_entropy, h[i], u, y[i], w[i], step) for i in (slice(0, 1), slice(1, 3), slice(3, 5))]
+    loss, grad_h, grad_u = gradients(mtp_cross_entropy, h, u, y, w)
+    near(sum(p[0] for p in parts), loss); near(torch.cat([p[1] for p in parts]), grad_h); near(sum(p[2] for p in parts), grad_u)
+
+def test_weights_as_they_come():
+    h, u, y, w = example()
+    w = w.bfloat16()
+    assert torch.equal(mtp_cross_entropy(h, u, y, w), mtp_cross_entropy(h, u, y, w.float()))
+    assert torch.equal(mtp_cross_entropy(h, u, y, w > .5), mtp_cross_entropy(h, u, y, (w > .5).float())) # a selection
+    learned = w.float().requires_grad_()
+    mtp_cross_entropy(h.requires_grad_(), u, y, learned).backward()
+    assert learned.grad is None
+    h.grad = None
+    loss = mtp_cross_entropy(h, u, y, 0*w)
+    loss.backward()
+    assert loss.item() == 0 and (h.grad == 0).all()
+
+@pytest.mark.parametrize('junk', (float('nan'), float('inf')))
+def test_what_has_no_target_never_leaks(junk):
+    h, u, y, _ = example()
+    aim = losses.by_source(y != -100, 4)
+    for kind in ('target', 'source'):
+        w = example(kind=kind)[3]
+        bad = w.masked_fill(~aim if kind == 'source' else y == -100, junk)
+        got = gradients(mtp_cross_entropy, h.masked_fill(~aim[..., None], junk), u, y, bad)
+        for a, b in zip(got, gradients(mtp_cross_entropy, h, u, y, w)): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('T,n', ((1, 1), (1, 3), (2, 5), (3, 3)))
+def test_more_heads_than_positions(T, n):
+    h, u, y, w = example(T=T, n=n)
+    want = reference(h.double(), u.double(), y, w)
+    near(mtp_cross_entropy(h, u, y, w), torch.as_tensor(want[0], dtype=torch.float64))
+    assert torch.equal(mtp_counts(y, n), want[2]) and want[2][T-1:].sum() == 0
+
+def test_no_targets():
+    h, u, y, w = example()
+    for norm in (None, 0, [0, 0, 0, 0], 10):
+        loss, grad_h, grad_u = gradients(mtp_cross_entropy, h, u, torch.full_like(y, -100), w, norm)
+        assert loss.item() == 0 and (grad_h == 0).all() and (grad_u == 0).all()
+    assert (mtp_token_cross_entropy(h, u, torch.full_like(y, -100)) == 0).all()
+    assert mtp_cross_entropy(h[:0], u, y[:0]).item() == 0 # an empty batch
+
+def test_large_logits():
+    h, u, y, w = example()
+    for got, want in zip(gradients(mtp_cross_entropy, 1e3*h, u, y, w), gradients(lambda *x: reference(*x)[0], 1e3*h.double(), u.double(), y, w)): near(got, want, 1e-4)
+
+def test_views_and_small_integers():
+    h, u, y, w = example()
+    turned = h.transpose(0, 2).contiguous().transpose(0, 2) # not contiguous, and no view of rows
+    for a, b in zip(gradients(mtp_cross_entropy, turned, u.T.contiguous().T, y.int(), w), gradients(mtp_cross_entropy, h, u, y, w)): assert_close(a, b)
+
+def test_wrong_shapes():
+    h, u, y, w = example()
+    for args, words in (((h[0], u, y), r'\(11, 4, 6\)'), ((h, u.T, y), r'unembedding has shape \(6, 23\)'), ((h, u, y[:, 1:]), r'labels has shape \(5, 10\): allowed are \(5, 11\)'),
+                        ((h, u, y, w[:1]), r'weights has shape \(1, 11\)'), ((h, u, y, w[..., None]), r'\(5, 11\) or \(5, 11, 4\)'), ((h, u, y, w, torch.ones(3)), r'normalizer has shape \(3,\)')):
+        with pytest.raises(ValueError, match=words): mtp_cross_entropy(*args)
+
+
+def test_gradient_modes():
+    h, u, y, w = example()
+    loss, grad_h, grad_u = gradients(mtp_cross_entropy, h, u, y, w)
+    for need_h, need_u in product((True, False), repeat=2):
+        a, b = h.clone().requires_grad_(need_h), u.clone().requires_grad_(need_u)
+        got = mtp_cross_entropy(a, b, y, w)
+        assert torch.equal(got, loss) and got.requires_grad == (need_h or need_u)
+        if got.requires_grad: (3*got).backward() # the chain goes on behind the loss
+        assert (a.grad is None) != need_h and (b.grad is None) != need_u
+        if need_h: assert_close(a.grad, 3*grad_h)
+        if need_u: assert_close(b.grad, 3*grad_u)
+    with torch.no_grad(): got, token = mtp_loss(a.requires_grad_(), b.requires_grad_(), y, w)
+    assert not got.requires_grad and torch.equal(got, loss) and torch.equal(token, mtp_token_cross_entropy(h, u, y))
+    assert not mtp_loss(a, b, y, w)[1].requires_grad
+
+@pytest.mark.parametrize('reentrant', (True, False))
+def test_checkpointed(reentrant):
+    h, u, y, w = example()
+    f = lambda a, b, *x: checkpoint(lambda a, b: mtp_cross_entropy(a.tanh(), b, *x), a, b, use_reentrant=reentrant)
+    for got, want in zip(gradients(f, h, u, y, w), gradients(lambda a, *x: mtp_cross_entropy(a.tanh(), *x), h, u, y, w)): assert torch.equal(got, want)
+
+def test_tied_unembedding():
+    "One tensor embeds and unembeds: both gradients add up."
+    _, u, y, w = example()
+    def tied(f):
+        e = u.clone().requires_grad_()
+        f(e[y.clamp(min=0)][:, :, None].tanh(), e, y, w).backward()
+        return e.grad
+    near(tied(mtp_cross_entropy), tied(lambda *x: reference(*x)[0]))
+
+def test_autocast_and_mixed_dtypes():
+    h, u, y, w = example()
+    plain = gradients(mtp_cross_entropy, h, u, y, w)
+    with torch.autocast('cpu', torch.bfloat16): got = gradients(mtp_cross_entropy, h, u, y, w)
+    for a, b in zip(got, plain): assert torch.equal(a, b) # on a CPU the products stay in float32
+    mixed = gradients(mtp_cross_entropy, h.bfloat16(), u, y, w)
+    assert mixed[1].dtype == torch.bfloat16 and mixed[2].dtype == torch.float32
+    near(mixed[0], mtp_cross_entropy(h.bfloat16().float(), u, y, w))
+
+def test_bfloat16_products(monkeypatch):
+    "The walk as a GPU takes it, factors in bfloat16 and float32 results; the one call that needs a GPU is emulated."
+    def addmm(out, a, b, beta=1):
+        assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+        return out.copy_((beta*out if beta else 0) + a.float() @ b.float())
+    h, u, y, w = example(dtype=torch.bfloat16)
+    want = gradients(mtp_cross_entropy, h, u, y, w)
+    monkeypatch.setattr(losses, '_addmm_', addmm)
+    monkeypatch.setattr(losses, '_factor_dtype', lambda h, u: torch.bfloat16)
+    got = gradients(mtp_cross_entropy, h, u, y, w)
+    assert_close(got[0], want[0])
+    for a, b in zip(got[1:], want[1:]): near(a, b, 2e-2)
+
+
+class Watch(TorchDispatchMode):
+    "The largest tensor made, and the multiplications of matrix products."
+    def __init__(self): super().__init__(); self.largest = self.products = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ('mm', 'addmm'):
+            a, b = args[-2:]
+            self.products += a.shape[0]*a.shape[1]*b.shape[1]
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor): self.largest = max(self.largest, x.untyped_storage().nbytes()//4)
+        return out
+
+def watched(masked, frozen=False, grad=True):
+    V, D, T, n = 4096, 64, 200, 4
+    h, u, y = torch.randn(2, T, n, D).requires_grad_(), torch.randn(V, D).requires_grad_(not frozen), torch.randint(0, V, (2, T))
+    y[:, :masked] = -100
+    with torch.set_grad_enabled(grad), Watch() as w:
+        loss = mtp_cross_entropy(h, u, y, torch.rand(2, T))
+        if grad: loss.backward()
+    return w.largest, w.products/(V*D), int(mtp_counts(y, n).sum()), V, D
+
+def test_never_holds_all_logits_and_multiplies_no_more_than_it_must():
+    for kw, times in ((dict(), 3), (dict(frozen=True), 2), (dict(grad=False), 1)):
+        for masked in (0, 150, 200):
+            largest, products, rows, V, D = watched(masked, **kw)
+            assert products == times*rows # rows without a target cost nothing
+            assert largest <= V*D # the unembedding's own size; all logits would be
+            if masked == 0: assert rows*V > 20*V*D
+
+
+class Heads(torch.nn.Module):
+    def __init__(self, unembedding):
+        super().__init__()
+        self.mix, self.unembedding = torch.nn.Linear(6, 6), torch.nn.Parameter(unembedding.clone())
+        with torch.no_grad(): self.mix.weight.copy_(torch.eye(6)); self.mix.bias.zero_()
+    def forward(self, hidden, *rest): return mtp_cross_entropy(self.mix(hidden), self.unembedding, *rest)
+
+def ddp_on_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    h, u, y, w = example()
+    model, share = DistributedDataParallel(Heads(u)), slice(0, 2) if rank == 0 else slice(2, 5)
+    model(h[share], y[share], w[share], mtp_counts(y, 4)/2).backward() # DDP averages
+    torch.save([p.grad for p in model.parameters()], f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+def test_two_ranks_are_one_batch(tmp_path):
+    mp.spawn(ddp_on_a_rank, (str(tmp_path),), nprocs=2)
+    h, u, y, w = example()
+    alone = Heads(u)
+    alone(h, y, w).backward()
+    for rank in range(2):
+        for got, p in zip(torch.load(tmp_path/f'{rank}.pt', weights_only=True), alone.parameters()): near(got, p.grad)
+
+
+def test_benchmarks_page(tmp_path):
+    "nbs/benchmarks.ipynb, whose kept outputs come from a full run, executes from top to bottom at a small size."
+    small = dict(seconds=.01, tokens=64, dim=32, vocab=500, rounds=1)
+    done = subprocess.run([BIN/'papermill', REPO/'nbs/benchmarks.ipynb', tmp_path/'out.ipynb', '--no-progress-bar', '-y', json.dumps(small)], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, 'PATH': f"{BIN}:{os.environ['PATH']}"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

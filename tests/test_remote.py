@@ -1,0 +1,305 @@
+"""MLflow and S3 for real, on loopback: both servers are killed in the middle, and nothing that was logged or saved is lost."""
+import contextlib, os, signal, socket, subprocess, sys, time, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3, pytest
+
+from weighted_mtp.config import UserError, apply_overrides
+from weighted_mtp.remote import SPOOLS, Tracker, Uploader, replay, wmtp_sync
+
+REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+USER, PASSWORD = 'admin', 'a-password-that-shows-nowhere'
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+class Server:
+    "A server process on a port of its own, which can be killed and started again."
+    def __init__(self, folder, path, words, **env):
+        self.folder, self.port, self.env = folder, free_port(), env
+        self.uri = f'http://127.0.0.1:{self.port}'
+        self.words, self.path, self.p = [str(BIN/words[0]), *words[1:], str(self.port)], path, None
+
+    def start(self):
+        with open(self.folder/'server.log', 'ab') as log:
+            self.p = subprocess.Popen(self.words, cwd=self.folder, env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and self.p.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(self.uri + self.path, timeout=5): return self
+            time.sleep(.1)
+        raise RuntimeError((self.folder/'server.log').read_text()[-3000:])
+
+    def kill(self):
+        if self.p is None: return
+        with contextlib.suppress(ProcessLookupError): os.killpg(self.p.pid, signal.SIGKILL) # its own session: the workers too
+        self.p.wait()
+
+@pytest.fixture(scope='module', autouse=True)
+def environment(): # for this module only, and for the processes it starts
+    names = {'MLFLOW_TRACKING_USERNAME': USER, 'MLFLOW_TRACKING_PASSWORD': PASSWORD, 'AWS_ACCESS_KEY_ID': 'AKIAEXAMPLE', 'AWS_SECRET_ACCESS_KEY': 'secret-example',
+             'AWS_DEFAULT_REGION': 'eu-north-1', 'AWS_EC2_METADATA_DISABLED': 'true', 'MLFLOW_DISABLE_TELEMETRY': 'true', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '5'}
+    with pytest.MonkeyPatch.context() as m:
+        m.delenv('MLFLOW_TRACKING_URI', raising=False)
+        for k, v in names.items(): m.setenv(k, v)
+        yield m
+
+@pytest.fixture(scope='module')
+def cold_server(tmp_path_factory, environment): # MLflow, not started yet
+    folder = tmp_path_factory.mktemp('mlflow')
+    (folder/'auth.ini').write_text(f'[mlflow]\ndefault_permission = READ\nauth_cache_ttl_seconds = 600\ndatabase_uri = sqlite:///{folder}/auth.db\nadmin_username = {USER}\nadmin_password = {PASSWORD}\n'
+                                   'authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n')
+    server = Server(folder, '/health', ['mlflow', 'server', '--app-name', 'basic-auth', '--backend-store-uri', f'sqlite:///{folder}/mlflow.db', '--artifacts-destination',
+                    str(folder/'artifacts'), '--workers', '1', '--host', '127.0.0.1', '--port'],
+                    MLFLOW_AUTH_CONFIG_PATH=str(folder/'auth.ini'), MLFLOW_FLASK_SERVER_SECRET_KEY='for-tests', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')
+    yield server
+    server.kill()
+
+@pytest.fixture
+def mlflow_server(cold_server): return cold_server if cold_server.p and cold_server.p.poll() is None else cold_server.start()
+
+@pytest.fixture(scope='module')
+def s3_server(tmp_path_factory, environment):
+    server = Server(tmp_path_factory.mktemp('s3'), '/moto-api/', ['moto_server', '-H', '127.0.0.1', '-p'])
+    environment.setenv('AWS_ENDPOINT_URL', server.uri)
+    yield server.start()
+    server.kill()
+
+def config(uri, name='demo'): return apply_overrides({}, [f'experiment.name={name}', f'mlflow.tracking_uri={uri}'])
+
+def client(uri):
+    from mlflow import MlflowClient
+    return MlflowClient(uri)
+
+def history(uri, run_id, name): return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, name))
+
+def runs(uri, name): # all runs of that name
+    c = client(uri)
+    e = c.get_experiment_by_name('weighted-mtp')
+    return c.search_runs([e.experiment_id], f"attributes.run_name = '{name}'") if e else []
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := true(): return value
+        time.sleep(.2)
+    raise AssertionError('it did not happen')
+
+@pytest.fixture
+def hanging(): # accepts connections and never answers
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(50)
+        yield f'http://127.0.0.1:{s.getsockname()[1]}'
+
+# ------------------------------------------------------------------ MLflow
+
+def test_mlflow_killed_and_restarted(cold_server, tmp_path, capfd):
+    """The server is not there when the run starts, then up, killed while the run logs, and up again: each metric is there once, and the run has ended."""
+    server = cold_server
+    (tmp_path/'picture.html').write_text('<b>a picture</b>')
+    t = Tracker(config(server.uri, 'outage'), tmp_path)
+    t._worker.longest = 1 # pauses of half a minute are for real outages
+    t.params({'training.batch_size': 8})
+    for i in range(50): t.log({'train/loss': 1/(i+1), 'grad_norm': float(i)}, i)
+    until(lambda: 'does not answer' in capfd.readouterr().err)
+    server.start()
+    until(lambda: 'works again' in capfd.readouterr().err)
+    until(lambda: len(history(server.uri, t.run_id, 'train/loss')) == 50)
+    for i in range(50, 150): # some of these are on their way when the server dies
+        t.log({'train/loss': 1/(i+1), 'grad_norm': float(i)}, i)
+        if i == 100: time.sleep(.1); server.kill()
+    t.artifact(tmp_path/'picture.html', 'pictures')
+    until(lambda: 'does not answer' in capfd.readouterr().err)
+    server.start()
+    for i in range(150, 160): t.log({'train/loss': 1/(i+1), 'grad_norm': float(i)}, i)
+    assert t.close('FINISHED', 60) is True and not t.spool.exists()
+    run, = runs(server.uri, 'outage')
+    assert run.info.run_id == t.run_id and run.info.status == 'FINISHED' and run.data.params == {'training.batch_size': '8'}
+    assert history(server.uri, t.run_id, 'train/loss') == [(i, 1/(i+1)) for i in range(160)]
+    assert history(server.uri, t.run_id, 'grad_norm') == [(i, float(i)) for i in range(160)]
+    assert [f.path for f in client(server.uri).list_artifacts(t.run_id, 'pictures')] == ['pictures/picture.html']
+
+def test_logging_does_not_wait_for_a_server_that_hangs(hanging, tmp_path, capfd):
+    """A request to this server takes its whole time limit, 5 s; 300 steps that waited for one would take minutes."""
+    t = Tracker(config(hanging), tmp_path)
+    start = time.monotonic()
+    t.params({'training.seed': 1})
+    for i in range(300): t.log({'train/loss': 1/(i+1)}, i)
+    assert time.monotonic() - start < 2
+    until(lambda: 'does not answer' in capfd.readouterr().err)
+    start = time.monotonic()
+    assert t.close(timeout=.5) is False and time.monotonic() - start < 4
+    assert 'wmtp-sync' in capfd.readouterr().err
+    assert t.run_id is None and t.spool.read_text().count('train/loss') == 300
+
+LOGS = '''
+import sys, time
+from weighted_mtp.config import apply_overrides
+from weighted_mtp.remote import Tracker
+t = Tracker(apply_overrides({}, ['experiment.name=killed', 'mlflow.tracking_uri=' + sys.argv[1]]), sys.argv[2])
+t.params({'training.seed': 1})
+for i in range(1000):
+    t.log({'train/loss': float(i)}, i)
+    print(i, flush=True)
+    if i == 20:
+        while t.run_id is None: time.sleep(.01)
+time.sleep(600)
+'''
+def test_killed_training_is_replayed_into_one_run(mlflow_server, tmp_path, capfd):
+    """kill -9 while it logs: the run in MLflow goes on where it was, and what had arrived is not doubled; then the same run is resumed."""
+    env = os.environ | {'PYTHONPATH': str(REPO)}
+    with subprocess.Popen([sys.executable, '-c', LOGS, mlflow_server.uri, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) as p:
+        for line in p.stdout:
+            if int(line) == 500: break
+        spool, = tmp_path.glob(SPOOLS)
+        with pytest.raises(UserError, match='still going on'): replay(spool)
+        p.kill()
+        logged = max([500, *map(int, p.stdout)]) # every step it said it had logged
+    assert wmtp_sync(str(tmp_path)) == 0 and 'sent, MLflow run' in capfd.readouterr().out and not spool.exists()
+    run, = runs(mlflow_server.uri, 'killed')
+    steps = history(mlflow_server.uri, run.info.run_id, 'train/loss')
+    assert steps == [(i, float(i)) for i in range(len(steps))] and len(steps) > logged
+    assert run.info.status == 'KILLED' and run.data.params == {'training.seed': '1'}
+    key = spool.stem.rpartition('-')[2]
+    again = Tracker(config(mlflow_server.uri, 'killed'), tmp_path, key=key)
+    until(lambda: again.run_id and client(mlflow_server.uri).get_run(again.run_id).info.status == 'RUNNING')
+    again.log({'train/loss': -1.}, 5000)
+    assert again.close() is True
+    run, = runs(mlflow_server.uri, 'killed')
+    assert run.info.status == 'FINISHED' and run.data.metrics['train/loss'] == -1.
+
+def test_server_that_does_not_come_back(mlflow_server, tmp_path, capfd):
+    """`close` keeps to its limit and says what to do; `replay` sends everything later, and twice is the same as once."""
+    t = Tracker(config('http://127.0.0.1:9', 'later'), tmp_path)
+    for i in range(20): t.log({'eval/auc': i/20}, i)
+    start = time.monotonic()
+    assert t.close('FAILED', timeout=1) is False and time.monotonic() - start < 10
+    said = capfd.readouterr().err
+    assert str(t.spool) in said and f'wmtp-sync {tmp_path}' in said
+    with pytest.raises(UserError, match='does not answer'): replay(t.spool)
+    t.spool.write_text(t.spool.read_text().replace('http://127.0.0.1:9', mlflow_server.uri)) # that server at last
+    copy = t.spool.read_text()
+    run_id = replay(t.spool)
+    assert not t.spool.exists()
+    t.spool.write_text(copy)
+    assert replay(t.spool) == run_id
+    run, = runs(mlflow_server.uri, 'later')
+    assert run.info.status == 'FAILED' and history(mlflow_server.uri, run_id, 'eval/auc') == [(i, i/20) for i in range(20)]
+
+def test_wrong_password_is_told_in_words(mlflow_server, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv('MLFLOW_TRACKING_PASSWORD', 'not-the-password')
+    t = Tracker(config(mlflow_server.uri, 'refused'), tmp_path)
+    t.log({'train/loss': 1.}, 1)
+    until(lambda: t._worker._told)
+    assert t.close(timeout=1.5) is False
+    said = capfd.readouterr()
+    assert said.err.count('refuses this user (401)') == 1 and 'MLFLOW_TRACKING_USERNAME' in said.err and 'MLFLOW_TRACKING_PASSWORD' in said.err
+    with pytest.raises(UserError, match='MLFLOW_TRACKING_PASSWORD') as e: replay(t.spool)
+    for secret in ('not-the-password', PASSWORD): assert secret not in said.out + said.err + t.spool.read_text() + str(e.value)
+    monkeypatch.setenv('MLFLOW_TRACKING_PASSWORD', PASSWORD)
+    assert history(mlflow_server.uri, replay(t.spool), 'train/loss') == [(1, 1.)]
+
+def test_password_in_the_address_is_not_written_down(mlflow_server, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', mlflow_server.uri.replace('http://', f'http://{USER}:{PASSWORD}@'))
+    for name in ('MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD'): monkeypatch.delenv(name)
+    t = Tracker(apply_overrides({}, ['experiment.name=address']), tmp_path)
+    assert t.uri == mlflow_server.uri and PASSWORD not in t.spool.read_text()
+    t.log({'train/loss': 1.}, 1)
+    assert t.close() is True and PASSWORD not in capfd.readouterr().err
+
+def test_run_that_vanished_is_made_anew(mlflow_server, tmp_path):
+    """A server that comes back with an empty database: the run is there again, whole. Here the run alone is wiped out, for good."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    t = Tracker(config(mlflow_server.uri, 'vanished'), tmp_path)
+    t.log({'train/loss': 1.}, 1)
+    first = until(lambda: t.run_id)
+    until(lambda: history(mlflow_server.uri, first, 'train/loss'))
+    client(mlflow_server.uri).delete_run(first)
+    SqlAlchemyStore(f'sqlite:///{mlflow_server.folder}/mlflow.db', str(tmp_path/'artifacts'))._hard_delete_run(first)
+    t.log({'train/loss': 2.}, 2)
+    assert t.close() is True and t.run_id != first
+    assert history(mlflow_server.uri, t.run_id, 'train/loss') == [(1, 1.), (2, 2.)]
+
+def test_many_threads_and_many_metrics(mlflow_server, tmp_path):
+    """More than one request may hold, from several threads; each value is there once."""
+    t = Tracker(config(mlflow_server.uri, 'many'), tmp_path)
+    t.params({f'p{i}': i for i in range(250)})
+    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda i: t.log({f'm{j}': float(i) for j in range(50)}, i), range(60)))
+    assert t.close() is True
+    run = client(mlflow_server.uri).get_run(t.run_id)
+    assert len(run.data.params) == 250 and len(run.data.metrics) == 50
+    assert history(mlflow_server.uri, t.run_id, 'm49') == [(i, float(i)) for i in range(60)]
+
+# ------------------------------------------------------------------ S3
+
+def bucket(server):
+    s3 = boto3.Session().client('s3', endpoint_url=server.uri)
+    s3.create_bucket(Bucket='checkpoints', CreateBucketConfiguration={'LocationConstraint': 'eu-north-1'})
+    return s3
+
+def stored(s3): # name -> bytes
+    found = s3.list_objects_v2(Bucket='checkpoints', Prefix='critic/demo/').get('Contents', [])
+    return {o['Key'].rpartition('/')[2]: s3.get_object(Bucket='checkpoints', Key=o['Key'])['Body'].read() for o in found}
+
+def save(folder, name, content): # as checkpoints are written
+    (folder/f'{name}.part').write_bytes(content)
+    return (folder/f'{name}.part').replace(folder/name)
+
+def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
+    """The server dies between checkpoints and comes back empty: uploads go on, and at the end the bucket holds what the folder holds, old files too."""
+    s3 = bucket(s3_server)
+    up = Uploader('s3://checkpoints/critic/demo')
+    big = os.urandom(70 << 20) # more than one part
+    up.put(save(tmp_path, 'checkpoint_epoch_0.20.pt', b'one'))
+    up.put(save(tmp_path, 'checkpoint_best.pt', big))
+    until(lambda: not up._todo)
+    assert stored(s3) == {'checkpoint_epoch_0.20.pt': b'one', 'checkpoint_best.pt': big}
+    s3_server.kill()
+    start = time.monotonic()
+    for i in range(2, 6): # goes on training, with save_total_limit = 3
+        up.put(save(tmp_path, f'checkpoint_epoch_{i/5:.2f}.pt', b'%d' % i))
+        if i > 3: (old := tmp_path/f'checkpoint_epoch_{(i-3)/5:.2f}.pt').unlink(); up.delete(old)
+    assert time.monotonic() - start < 2
+    until(lambda: 'does not answer' in capfd.readouterr().err)
+    s3_server.start() # with nothing in it
+    until(lambda: "there is no bucket 'checkpoints'" in capfd.readouterr().err)
+    bucket(s3_server)
+    up.put(save(tmp_path, 'checkpoint_final.pt', b'final'))
+    assert up.close(30) is True
+    assert stored(s3) == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert set(stored(s3)) == {'checkpoint_epoch_0.60.pt', 'checkpoint_epoch_0.80.pt', 'checkpoint_epoch_1.00.pt', 'checkpoint_best.pt', 'checkpoint_final.pt'}
+
+def test_s3_that_hangs_holds_nothing_up(hanging, tmp_path):
+    """Neither the loop, nor `close`, nor the end of the process, which would wait for any thread that is not a daemon."""
+    code = '''
+import sys, time
+from pathlib import Path
+from weighted_mtp.remote import Uploader
+up = Uploader('s3://checkpoints/x')
+file = Path(sys.argv[1])/'checkpoint_best.pt'
+for i in range(50): file.write_bytes(b'x'*100_000); up.put(file)
+time.sleep(1)
+sys.exit(3 if up.close(.5) is False else 0)
+'''
+    env = os.environ | {'PYTHONPATH': str(REPO), 'AWS_ENDPOINT_URL': hanging}
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, capture_output=True, text=True, timeout=30) # a read times out after 60 s
+    assert done.returncode == 3 and f"put {tmp_path/'checkpoint_best.pt'}" in done.stderr, done.stderr
+
+def test_s3_refusing_credentials_is_told_in_words(tmp_path, capfd, monkeypatch, tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp('s3-strict'), '/moto-api/', ['moto_server', '-H', '127.0.0.1', '-p'], INITIAL_NO_AUTH_ACTION_COUNT='0')
+    try:
+        server.start()
+        monkeypatch.setenv('AWS_ENDPOINT_URL', server.uri)
+        up = Uploader('s3://checkpoints')
+        up.put(save(tmp_path, 'checkpoint_best.pt', b'best'))
+        until(lambda: up._worker._told)
+        assert up.close(1.5) is False
+    finally: server.kill()
+    said = capfd.readouterr().err
+    assert said.count('refuses these credentials') == 1 and 'AWS_SECRET_ACCESS_KEY' in said and 'secret-example' not in said and 'AKIAEXAMPLE' not in said
+    monkeypatch.delenv('AWS_ACCESS_KEY_ID'); monkeypatch.delenv('AWS_SECRET_ACCESS_KEY')
+    monkeypatch.setenv('HOME', str(tmp_path)) # no credentials of the machine's own
+    up = Uploader('s3://checkpoints')
+    up.put(tmp_path/'checkpoint_best.pt')
+    until(lambda: up._worker._told)
+    assert up.close(.1) is False and 'cannot be used without AWS_ACCESS_KEY_ID' in capfd.readouterr().err

@@ -9,7 +9,7 @@ __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'EN
            'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env']
 
 # %% ../nbs/00_config.ipynb #6bdca220
-import difflib, fcntl, json, os, time
+import difflib, fcntl, json, os, re, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -191,6 +191,7 @@ class Checkpoint:
     save_dir: str = 'storage/checkpoints/${pipeline}/${experiment.name}'
     save_checkpoint_every: float = 0.2 # Epochs
     save_total_limit: int = 3 # Epoch checkpoints kept; best and final are kept besides
+    upload_to: str|None = None # s3://BUCKET/PREFIX: copy checkpoints to …/<pipeline>/<experiment.name>/ while training goes on, and keep as many
 
 @dataclass
 class Fsdp:
@@ -290,6 +291,8 @@ def _relations(config): # values that are possible alone but not together
         yield f"model.n_future_tokens = {config.model.n_future_tokens} looks past dataset.max_length = {config.dataset.max_length}: no sequence is that long."
     if not config.experiment.name or Path(config.experiment.name).name != config.experiment.name or config.experiment.name == '..':
         yield f"experiment.name = {config.experiment.name!r}: must be a plain folder name."
+    if config.checkpoint.upload_to and not re.fullmatch(r's3://[^/@]+(/.*)?', config.checkpoint.upload_to):
+        yield f"checkpoint.upload_to = {config.checkpoint.upload_to!r}: must be s3://BUCKET/PREFIX, without keys: those belong into .env."
     if '@' in urlsplit(config.mlflow.tracking_uri or '').netloc:
         yield "mlflow.tracking_uri holds a user name or password: put them into .env (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)."
 

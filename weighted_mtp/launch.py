@@ -341,7 +341,7 @@ def _outcome(folder, record): # where everything is and how to open it
     for label, path in result.get('checkpoints', {}).items(): yield f'  checkpoint  {short_path(path, root)}  ({label})'
     for path in result.get('pictures', []): yield f'  picture     {short_path(path, root)}'
     yield f'  record      {short_path(folder, root)}  (open: jupyter lab {short_path(folder, root)}/launch.ipynb)'
-    if uri := result.get('mlflow_uri'): yield f'  MLflow      {short_path(uri, root)}  (open: mlflow ui --backend-store-uri {short_path(uri, root)})'
+    if uri := short_path(result.get('mlflow_uri') or '', root): yield f'  MLflow      {uri}' + ('' if uri.startswith('http') else f'  (open: mlflow ui --backend-store-uri {uri})')
 
 # %% ../nbs/13_launch.ipynb #ad7f5417
 def _live_kernel(): # a notebook whose widgets somebody sees

@@ -45,7 +45,7 @@ def test_run_leaves_everything(project, first):
 
 def test_checkpoints_describe_themselves(project, first):
     folder = project/'storage/checkpoints/critic/critic-pretrain'
-    names = {f.name for f in folder.iterdir()}
+    names = {f.name for f in folder.glob('*.pt')}
     assert {'checkpoint_best.pt', 'checkpoint_final.pt'} < names and len(names) <= 5, names
     for name in names:
         c = torch.load(folder/name, weights_only=True)
@@ -85,7 +85,62 @@ def test_bad_data(project, first, what, lines, said):
 
 def test_loss_that_is_no_number(project, first):
     done = wmtp(project, 'nan', 'training.learning_rate=1e30', 'training.log_every=1', 'experiment.name=nan', 'critic.blind_yardstick=false')
-    assert done.returncode == 1 and 'loss became' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert done.returncode == 1 and 'in 3 steps running; the last was step' in done.stderr and 'problems ' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+BAD = [('verifiable', ['experiment.critic_checkpoint=none.pt'], 'none.pt not found'),
+    ('verifiable', ['experiment.critic_checkpoint=torn.pt'], 'truncated'),
+    ('verifiable', ['experiment.critic_checkpoint=policy.pt'], 'not a value model'),
+    ('verifiable', ['experiment.critic_checkpoint=foreign.pt'], 'another tokenizer'),
+    ('rho1', ['experiment.reference_checkpoint=none.pt'], 'ref_tuning'),
+    ('rho1', ['experiment.reference_checkpoint=storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'], 'not a policy'),
+    ('baseline', ['model.n_future_tokens=300'], 'looks past dataset.max_length'),
+    ('ntp', ['model.n_future_tokens=2'], 'must be 1'),
+    ('baseline', ['model.tuning=frozen', 'model.n_future_tokens=1'], 'leaves nothing to train'),
+    ('baseline', ['dataset.max_length=8'], 'nothing to train on'), # no prompt leaves room for a response
+    ('baseline', ['checkpoint.upload_to=bucket/x'], 's3://BUCKET/PREFIX')]
+
+@pytest.fixture(scope='module')
+def told(project, first): # what each of them says, all in one process: importing torch takes longer than failing
+    from weighted_mtp.models import build_policy, load_value_model, save_checkpoint
+    from transformers import AutoTokenizer
+    from weighted_mtp.synthetic import make_micro_model
+    best = project/'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
+    (project/'torn.pt').write_bytes(best.read_bytes()[:9000])
+    save_checkpoint(project/'foreign.pt', load_value_model(best), vocabulary='another')
+    save_checkpoint(project/'policy.pt', build_policy(make_micro_model(tokenizer=AutoTokenizer.from_pretrained(project/'storage/datasets/synthetic/tokenizer'), hidden_size=32, n_layers=2, n_heads=2), 2))
+    code = f'''
+import contextlib, importlib, io, json
+out = []
+for pipeline, overrides, _ in {BAD!r}:
+    said = io.StringIO()
+    words = ['--config', f'configs/{{pipeline}}/{{pipeline}}_micro.yaml'] + [w for o in {SMALL!r} + overrides for w in ('--override', o)]
+    with contextlib.redirect_stderr(said):
+        try: importlib.import_module(f'weighted_mtp.pipelines.run_{{pipeline}}').main(words); code = 0
+        except SystemExit as e: code = e.code
+    out.append([code, said.getvalue()])
+json.dump(out, open('told.json', 'w'))
+'''
+    done = shell(project, sys.executable, '-c', code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((project/'told.json').read_text())
+
+@pytest.mark.parametrize('i', range(len(BAD)), ids=[b[2] for b in BAD])
+def test_bad_models_and_numbers(told, i):
+    code, said = told[i]
+    errors = [l for l in said.splitlines() if l.startswith('Error: ')]
+    assert code == 2 and len(errors) == 1 and BAD[i][2] in errors[0] and 'Traceback' not in said, said
+
+def test_too_large_a_batch_says_what_to_lower(project, first):
+    code = f'''
+import resource, runpy, sys
+import weighted_mtp.policies, transformers, mlflow # what is loaded is no part of the limit
+used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 600*2**20,)*2)
+sys.argv = ['run_baseline', '--config', 'configs/baseline/baseline_micro.yaml'] + [w for o in {SMALL!r} + ['training.batch_size=256', 'model.hidden_size=1024', 'experiment.name=large'] for w in ('--override', o)]
+runpy.run_module('weighted_mtp.pipelines.run_baseline', run_name='__main__')
+'''
+    done = shell(project, sys.executable, '-c', code)
+    assert done.returncode == 2 and 'training.batch_size=128 with training.gradient_accumulation_steps=2' in done.stderr and 'Traceback' not in done.stderr, done.stderr[-2000:]
 
 def test_full_disk_keeps_the_previous_checkpoint(project, first):
     """A limit on file size stands in for a full disk: the write fails half-way in both cases, and the limit needs no device of its own."""

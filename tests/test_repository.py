@@ -16,7 +16,7 @@ def test_export_changes_nothing(tmp_path):
     assert [str(p) for p in files if not filecmp.cmp(REPO/p, tmp_path/p, shallow=False)] == []
 
 def test_papermill_notebooks_keep_their_tag():
-    for name in ('launch', 'critic'):
+    for name in ('launch', 'critic', 'compare', 'benchmarks'):
         cells = json.loads((REPO/f'nbs/{name}.ipynb').read_text())['cells']
         assert sum('parameters' in c['metadata'].get('tags', []) for c in cells) == 1, name
 

@@ -182,3 +182,14 @@ def test_critic_page_runs(project, first):
     small = [o for o in SMALL if 'max_steps' not in o] + ['training.max_steps=4']
     done = shell(project, 'papermill', 'nbs/critic.ipynb', 'runs/critic.ipynb', '-y', json.dumps(dict(seeds=[0], overrides=small)), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+
+def test_compare_page_runs(project, first):
+    """nbs/compare.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget: a workflow of six stages, and what it shows of them."""
+    shutil.copy(REPO/'nbs/compare.ipynb', project/'nbs')
+    small = [o for o in SMALL if 'max_steps' not in o and 'lm_first' not in o]
+    done = shell(project, 'papermill', 'nbs/compare.ipynb', 'runs/compare.ipynb', '-y', json.dumps(dict(seeds=[0], steps=6, overrides=small)), timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    m = {p: read(project, f'compare-0-{p}', 'result.json')['metrics'] for p in ('ntp', 'ref_tuning', 'verifiable', 'rho1')}
+    assert m['ntp'] == m['ref_tuning'] # the same training under two names
+    assert any('experiment.critic_checkpoint=' in o and 'compare-0-critic' in o for o in read(project, 'compare-0-verifiable')['request']['overrides']) # handed on
+    assert any('compare-0-ref_tuning' in o for o in read(project, 'compare-0-rho1')['request']['overrides'])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'PolicyObjective', 'check_vocabulary', 'load_critic', 'load_reference', 'weight_statistics',
-           'VerifiableObjective', 'reference_by_head', 'Rho1Objective', 'run_policy']
+           'VerifiableObjective', 'picture_of_weights', 'reference_by_head', 'Rho1Objective', 'run_policy']
 
 # %% ../nbs/09_policies.ipynb #5f2628ac
-import time
+import re, time
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from .config import UserError
 from .data import collate_solutions, load_solutions, vocabulary_id
 from .losses import mtp_counts
 from .models import MTPForCausalLM, build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
-from .training import finish, fit, load_parts, print_metrics, tracked_run
+from .report import weights_picture, write_page
+from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import RunningMoments, advantage_weights, by_source, gae_advantages, select_tokens, selected_count
 
 # %% ../nbs/09_policies.ipynb #df8dde0a
@@ -155,6 +156,21 @@ class VerifiableObjective(PolicyObjective):
     def state_dict(self): return dict(moments=self.moments.state_dict(), steps=self.steps)
     def load_state_dict(self, state): self.moments.load_state_dict(state['moments']); self.steps = state['steps']
 
+# %% ../nbs/09_policies.ipynb #efdeadba
+def picture_of_weights(
+    objective:VerifiableObjective,
+    sample, # A `data.Sample`
+)->str: # HTML
+    "One held-out program, coloured by what the critic makes of it."
+    device = next(objective.critic.parameters()).device
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in objective.collate([sample]).items()}
+    mask, advantages = batch['labels'] != -100, objective.advantages(batch)
+    with torch.no_grad(): values = objective.critic(batch['input_ids'], batch['attention_mask'], mask).values
+    rows = (x[0, sample.n_prompt:].tolist() for x in (values, advantages, objective.token_weights(advantages, mask)))
+    prompt = objective.tokenizer.decode(sample.ids[:sample.n_prompt])
+    problem = re.search(r'### Instruction:\n(.*?)\n\n### ', prompt, re.S)
+    return weights_picture(problem[1] if problem else prompt, [objective.tokenizer.decode([i]) for i in sample.ids[sample.n_prompt:]], *rows)
+
 # %% ../nbs/09_policies.ipynb #836d4633
 def reference_by_head(
     ce, # (B, T) next-token losses of the reference: at t for x_{t+1}
@@ -222,5 +238,8 @@ def run_policy(
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
+        if config.pipeline == 'verifiable' and record_dir():
+            shown = {s.problem_id: s for s in reversed(objective.splits[split].samples)} # one a problem
+            result['pictures'].append(str(write_page(''.join(picture_of_weights(objective, s) for s in list(shown.values())[-3:]), record_dir()/'verifiable_tokens.html')))
         print_metrics(result['metrics'])
     return result['metrics']

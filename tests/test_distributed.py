@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 
+ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
@@ -36,7 +37,8 @@ save_checkpoint('reference.pt', build_policy(micro(2), 1), vocabulary=vocabulary
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp('distributed')
     shutil.copytree(REPO/'configs', root/'configs')
-    shutil.copy(REPO/'settings.ini', root/'settings.ini')
+    for d in ('nbs', 'runs'): (root/d).mkdir()
+    for part in ('settings.ini', 'nbs/launch.ipynb'): shutil.copy(REPO/part, root/part)
     done = shell(root, '-c', MODELS)
     assert done.returncode == 0, done.stderr
     return root
@@ -102,18 +104,36 @@ def test_sharding_spreads_the_parameters(steps):
             if 'sharded' in name: assert .4 < found['held'] < .6, (pipeline, found['held'])
             else: assert found['held'] == 1
 
-@pytest.mark.parametrize('pipeline, strategy', [*[(p, 'FULL_SHARD') for p in PIPELINES], ('baseline', 'NO_SHARD')])
-def test_two_processes_train_to_the_end(root, pipeline, strategy):
-    """A whole small run on two ranks, over the end of an epoch (300 solutions make 12.5 steps of 24): the files are one process's, and one process can go on from them."""
-    folder = root/f'ckpt-{pipeline}-{strategy}'
-    steps = 15 if pipeline != 'critic' else 13
-    common = [*cut(4, 3), CRITIC, REFERENCE, f'training.max_steps={steps}', f'checkpoint.save_dir={folder}', f'distributed.fsdp.sharding_strategy={strategy}', 'critic.lm_first=0', 'critic.blind_yardstick=false', 'checkpoint.save_checkpoint_every=0.5']
-    done = train(root, pipeline, *common, n=2)
+def papermill(root, pipeline, ngpus, *overrides): # through the launch notebook
+    name = f'{pipeline}-{ngpus}'
+    words = [w for k, v in dict(pipeline=pipeline, ngpus=ngpus, target='local', name=name, overrides=' '.join([*SMALL, CRITIC, REFERENCE, f'experiment.name={name}', *overrides])).items() for w in ('-p', k, str(v))]
+    done = shell(root, '-m', 'papermill', 'nbs/launch.ipynb', f'runs/{name}.ipynb', *words, '--no-progress-bar', '--log-output')
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('train.jsonl:') == 1 # only rank 0 speaks
+    return root/'runs'/name
+
+@pytest.mark.parametrize('ngpus', [2] + [1]*ALL)
+@pytest.mark.parametrize('pipeline', PIPELINES)
+def test_every_pipeline_through_the_launch_notebook(root, pipeline, ngpus):
+    """Checkpoint, MLflow run, record, and a validation loss that falls. On two processes, over the end of an epoch: 300 solutions make 12.5 steps of 24, 290 pairs some 12. (With one process: WMTP_ALL=1; without, tests/test_training.py has most of it.)"""
+    import mlflow
+    folder = papermill(root, pipeline, ngpus, *cut(12//ngpus, 2), 'training.max_steps=26', 'checkpoint.save_checkpoint_every=0.5', 'critic.lm_first=0.3', 'critic.blind_yardstick=false')
+    record, result = (json.loads((folder/f).read_text()) for f in ('record.json', 'result.json'))
+    assert record['status'] == 'completed' and record['plan']['effective_batch'] == 24
+    assert (folder/'log.txt').read_text().count('train.jsonl:') == 1 # only rank 0 speaks
+    ckpt = root/'storage/checkpoints'/pipeline/f'{pipeline}-{ngpus}'
+    assert torch.load(ckpt/'checkpoint_final.pt', weights_only=True)['step'] == 26 and not list(ckpt.glob('*.part')) and Path(root/result['checkpoints']['best']).is_file()
+    client = mlflow.MlflowClient(result['mlflow_uri'])
+    assert client.get_run(result['mlflow_run_id']).info.status == 'FINISHED'
+    losses = [m.value for m in sorted(client.get_metric_history(result['mlflow_run_id'], 'eval/pairwise_loss' if pipeline == 'critic' else 'eval/loss'), key=lambda m: m.step)]
+    assert len(losses) >= 3 and losses[-1] < losses[0], losses
+
+@pytest.mark.parametrize('pipeline, strategy', [('verifiable', 'FULL_SHARD'), ('critic', 'FULL_SHARD'), ('baseline', 'NO_SHARD')]) # the first two have the most to take along
+def test_one_process_goes_on_where_two_were(root, pipeline, strategy):
+    folder = root/f'ckpt-{pipeline}-{strategy}'
+    common = [CRITIC, REFERENCE, 'training.max_steps=13', f'checkpoint.save_dir={folder}', f'distributed.fsdp.sharding_strategy={strategy}', 'critic.lm_first=0', 'critic.blind_yardstick=false', 'checkpoint.save_checkpoint_every=0.5']
+    done = train(root, pipeline, *common, *cut(4, 3), n=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(folder/'checkpoint_final.pt', weights_only=True)
-    assert two['step'] == steps and not list(folder.glob('*.part'))
-    if pipeline not in ('verifiable', 'critic'): return # these two have the most to take along
     # back to the first epoch checkpoint, as after a kill, and on with one process: another cut of the same 24
     first = sorted(folder.glob('checkpoint_epoch_*.pt'), key=lambda f: torch.load(f, weights_only=True)['step'])
     for f in first[1:]: f.unlink()
@@ -121,7 +141,7 @@ def test_two_processes_train_to_the_end(root, pipeline, strategy):
     done = train(root, pipeline, *common, *cut(24, 1))
     assert done.returncode == 0 and 'going on from' in done.stdout, done.stdout + done.stderr[-3000:]
     one = torch.load(folder/'checkpoint_final.pt', weights_only=True)
-    assert one['step'] == steps
+    assert one['step'] == two['step'] == 13
     for k, w in two['metrics'].items():
         if 'loss' in k: assert one['metrics'][k] == pytest.approx(w, rel=1e-3), k # Adam amplifies rounding: close, not equal
 

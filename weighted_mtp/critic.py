@@ -10,6 +10,7 @@ __all__ = ['sequence_stats', 'drop_near_mutation', 'pair_metrics', 'CriticObject
 import time
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
 from transformers import set_seed
@@ -71,7 +72,8 @@ def pair_metrics(
         if not rows.any(): continue
         g, b = good[rows], bad[rows]
         out |= {f'pairwise_accuracy{suffix}': share(g[:, 0], b[:, 0]), f'likelihood_accuracy{suffix}': share(g[:, 4], b[:, 4]),
-                f'margin{suffix}': (g[:, 0]-b[:, 0]).mean().item()}
+                f'margin{suffix}': (g[:, 0]-b[:, 0]).mean().item(),
+                f'pairwise_loss{suffix}': F.softplus(b[:, 0]-g[:, 0]).mean().item()}
     labels = [1]*len(good) + [0]*len(bad)
     out |= {'roc_auc': float(roc_auc_score(labels, both[:, 0].tolist())), 'value_variance': both[:, 1].mean().item(),
             'delta_spikiness': both[:, 2].mean().item(), 'position_correlation': both[:, 3].mean().item(), 'pairs': float(len(good))}

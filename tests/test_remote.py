@@ -1,9 +1,9 @@
 """MLflow and S3 for real, on loopback: both servers are killed in the middle, and nothing that was logged or saved is lost."""
-import contextlib, os, signal, socket, subprocess, sys, time, urllib.request
+import base64, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3, pytest
+import boto3, pytest, torch
 
 from weighted_mtp.config import UserError, apply_overrides
 from weighted_mtp.remote import SPOOLS, Tracker, Uploader, replay, wmtp_sync
@@ -232,9 +232,9 @@ def test_many_threads_and_many_metrics(mlflow_server, tmp_path):
 
 # ------------------------------------------------------------------ S3
 
-def bucket(server):
+def bucket(server, name='checkpoints'):
     s3 = boto3.Session().client('s3', endpoint_url=server.uri)
-    s3.create_bucket(Bucket='checkpoints', CreateBucketConfiguration={'LocationConstraint': 'eu-north-1'})
+    s3.create_bucket(Bucket=name, CreateBucketConfiguration={'LocationConstraint': 'eu-north-1'})
     return s3
 
 def stored(s3): # name -> bytes
@@ -303,3 +303,114 @@ def test_s3_refusing_credentials_is_told_in_words(tmp_path, capfd, monkeypatch, 
     up.put(tmp_path/'checkpoint_best.pt')
     until(lambda: up._worker._told)
     assert up.close(.1) is False and 'cannot be used without AWS_ACCESS_KEY_ID' in capfd.readouterr().err
+
+# ------------------------------------------------------------------ a whole training
+
+STEPS, EVERY = 400, 5
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=20', 'model.hidden_size=32', 'model.n_layers=1', 'model.n_heads=2', 'training.cpu_threads=1',
+         'training.batch_size=4', f'training.log_every={EVERY}', f'training.max_steps={STEPS}', 'checkpoint.save_checkpoint_every=0.3', 'checkpoint.save_total_limit=100']
+KEYS = {'AWS_ACCESS_KEY_ID': 'AKIA5PLANTED7KEY9ID', 'AWS_SECRET_ACCESS_KEY': 'planted/secret+access/key'}
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp('project')
+    shutil.copytree(REPO/'configs', root/'configs')
+    shutil.copy(REPO/'settings.ini', root/'settings.ini')
+    (root/'home').mkdir()
+    return root
+
+def surroundings(project, **more): return os.environ | KEYS | {'PYTHONPATH': str(REPO), 'HOME': str(project/'home'), **more}
+
+class Training:
+    "A training process; what it says goes into files of the project."
+    def __init__(self, project, name, uri, *overrides):
+        self.record, self.checkpoints = project/'runs'/name, project/'storage/checkpoints/ntp'/name
+        self.record.mkdir(parents=True)
+        words = [w for o in (*SMALL, f'experiment.name={name}', f'mlflow.tracking_uri={uri}', *overrides) for w in ('--override', o)]
+        with open(project/f'{name}.out', 'wb') as out, open(project/f'{name}.err', 'wb') as err:
+            self.p = subprocess.Popen([sys.executable, '-m', 'weighted_mtp.pipelines.run_ntp', '--config', 'configs/ntp/ntp_micro.yaml', *words], cwd=project,
+                                      env=surroundings(project, WMTP_RUN_DIR=str(self.record)), stdout=out, stderr=err)
+        self.err = Path(err.name)
+
+    def step(self): # as the progress bar of the form sees it
+        try: return json.loads((self.record/'progress.json').read_text())['step']
+        except FileNotFoundError: return 0
+
+    def logged(self): # the last step whose loss has gone into the spool
+        spool, = self.record.glob(SPOOLS)
+        return max(x['step'] for x in map(json.loads, spool.read_text().splitlines(keepends=True)[:-1]) if 'train/loss' in x.get('metrics', {}))
+
+    def said(self, text): return text in self.err.read_text()
+    def result(self): return json.loads((self.record/'result.json').read_text())
+    def final(self): return torch.load(self.checkpoints/'checkpoint_final.pt', weights_only=True)
+    def ended(self): return self.p.wait(120) == 0 or pytest.fail(self.err.read_text()[-3000:])
+
+    def kill(self): self.p.kill(); self.p.wait()
+
+@pytest.fixture(scope='module')
+def alone(project, cold_server): # trains without any server; the one its config names is started when it is over
+    late = Server(cold_server.folder, cold_server.path, cold_server.words[:-1], **cold_server.env)
+    t = Training(project, 'alone', late.uri)
+    yield t, late
+    t.kill(); late.kill()
+
+def files_with(folder, *texts): return [(f.name, x) for f in folder.rglob('*') if f.is_file() for x in texts if x.encode() in f.read_bytes()]
+
+def assert_no_secret(project):
+    assert files_with(project, 'train/loss') # it does look into the files
+    assert not files_with(project, PASSWORD, *KEYS.values(), base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode())
+
+def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server):
+    """Both servers are killed while a process trains, and come back steps later, the S3 one empty: it ends as if nothing had happened, and both hold all of it."""
+    s3, uri = bucket(s3_server, 'wmtp-training'), mlflow_server.uri
+    in_bucket = lambda: {o['Key']: o['Size'] for o in s3.list_objects_v2(Bucket='wmtp-training').get('Contents', [])}
+    steps = lambda run_id: [i for i, _ in history(uri, run_id, 'train/loss')]
+    t = Training(project, 'served', uri, 'checkpoint.upload_to=s3://wmtp-training/wmtp')
+    try:
+        run, = until(lambda: runs(uri, 'served'), 90)
+        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and [k for k in in_bucket() if 'epoch' in k]) # which are not written again
+        mlflow_server.kill(); s3_server.kill()
+        before = t.logged()
+        until(lambda: t.said(f'MLflow at {uri} does not answer') and t.said('s3://wmtp-training/wmtp/ntp/served does not answer') and t.logged() >= before + 4*EVERY)
+        t.p.send_signal(signal.SIGSTOP) # however slowly servers start, steps are left for when they are back
+        between = t.logged()
+        assert 0 < before < between < STEPS - 4*EVERY and t.p.poll() is None
+        mlflow_server.start(); s3_server.start()
+        assert max(steps(run.info.run_id)) <= before
+        s3 = bucket(s3_server, 'wmtp-training')
+        assert not in_bucket()
+        t.p.send_signal(signal.SIGCONT)
+        t.ended()
+    finally: t.kill()
+    assert t.said(f'MLflow at {uri} works again') and t.said('s3://wmtp-training/wmtp/ntp/served works again')
+    run, = runs(uri, 'served')
+    assert run.info.status == 'FINISHED' and steps(run.info.run_id) == [*range(EVERY, STEPS+1, EVERY)]
+    assert run.data.params.items() >= {'pipeline': 'ntp', 'training.max_steps': str(STEPS), 'checkpoint.upload_to': 's3://wmtp-training/wmtp'}.items()
+    result = t.result()
+    assert result['mlflow_run_id'] == run.info.run_id and result['mlflow_uri'] == uri and not list(t.record.glob(SPOOLS))
+    assert result['metrics'] and run.data.metrics.items() >= result['metrics'].items()
+    files = {f'wmtp/ntp/served/{f.name}': f.stat().st_size for f in t.checkpoints.glob('*.pt')}
+    assert in_bucket() == files and files.keys() >= {*held, 'wmtp/ntp/served/checkpoint_best.pt', 'wmtp/ntp/served/checkpoint_final.pt'}
+    until((alone[0].checkpoints/'checkpoint_final.pt').is_file, 90)
+    state, other = t.final()['state'], alone[0].final()['state']
+    assert state.keys() == other.keys()
+    for k, w in state.items(): assert torch.equal(w, other[k]), k
+    assert_no_secret(project)
+
+def test_training_whose_mlflow_never_comes_back(project, alone):
+    """It ends well and says where its log waits; `wmtp-sync` sends all of it, once the server is there."""
+    t, late = alone
+    t.ended()
+    spool, = t.record.glob(SPOOLS)
+    assert t.said('did not get everything of this run') and t.said(f'{spool}: send it with: wmtp-sync {t.record}')
+    result = t.result()
+    assert result['mlflow_run_id'] is None and result['metrics'] and t.final()['step'] == STEPS
+    late.start()
+    sync = subprocess.run([BIN/'wmtp-sync', t.record], cwd=project, env=surroundings(project), capture_output=True, text=True, timeout=120)
+    assert sync.returncode == 0 and not spool.exists(), sync.stdout + sync.stderr
+    run, = runs(late.uri, 'alone')
+    assert run.info.run_id in sync.stdout and run.info.status == 'FINISHED' and run.data.params['training.max_steps'] == str(STEPS)
+    assert [i for i, _ in history(late.uri, run.info.run_id, 'train/loss')] == [*range(EVERY, STEPS+1, EVERY)]
+    assert run.data.metrics.items() >= result['metrics'].items()
+    (project/'sync.log').write_text(sync.stdout + sync.stderr)
+    assert_no_secret(project)

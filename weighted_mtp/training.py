@@ -187,7 +187,7 @@ class WeightedTrainer(Trainer):
                 if p.requires_grad: groups.setdefault((n.startswith('head.'), n in decay), []).append(p)
             lr = {True: self.config.training.head_learning_rate or a.learning_rate, False: a.learning_rate}
             self.optimizer = torch.optim.AdamW([dict(params=ps, lr=lr[head], weight_decay=a.weight_decay if dec else 0., head=head)
-                                                for (head, dec), ps in groups.items()], betas=(a.adam_beta1, a.adam_beta2))
+                                                for (head, dec), ps in groups.items()], betas=(a.adam_beta1, a.adam_beta2), fused=True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -445,7 +445,7 @@ def tracked_run(
     tracker.params(flatten(yaml.safe_load(to_yaml(config))))
     uploader = Uploader(f'{config.checkpoint.upload_to}/{config.pipeline}/{config.experiment.name}') if config.checkpoint.upload_to else None
     if uploader and run['checkpoint']: # what a run before this one left
-        for f in epoch_checkpoints(config.checkpoint.save_dir): uploader.put(f)
+        for f in [*epoch_checkpoints(config.checkpoint.save_dir), Path(config.checkpoint.save_dir)/BEST]: uploader.put(f)
     def leave(status, wait):
         if status == 'FINISHED':
             tracker.log(result['metrics'], run.get('last_step', 0))
@@ -457,7 +457,8 @@ def tracked_run(
         result.update(mlflow_run_id=tracker.run_id, mlflow_uri=tracker.uri)
         if record_dir(): write_text(record_dir()/'result.json', json.dumps(result, indent=1))
     tell()
-    try: yield result, run | dict(tracker=tracker, uploader=uploader)
+    run.update(tracker=tracker, uploader=uploader)
+    try: yield result, run
     except (Stopped, KeyboardInterrupt): leave('KILLED', 5); raise
     except BaseException: leave('FAILED', 10); raise
     leave('FINISHED', None)
@@ -481,6 +482,7 @@ def fit(
         trainer.add_callback(ProgressFile(record_dir()/'progress.json', stage, part*total, of*total))
     try: trainer.train_on(run and run['checkpoint'])
     finally: on_term.on_train_end(None, None, None)
+    if run: run['last_step'] = trainer.state.global_step # where the final metrics belong
     if on_term.stopped: raise Stopped(f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. The same command goes on from there.")
     return trainer
 

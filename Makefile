@@ -22,7 +22,7 @@ lab: .venv/.installed ## Open JupyterLab on the launch form
 test: .venv/.installed ## Everything CI runs: packages, notebooks, pytest (which also checks the export)
 	$(BIN)/python -m pip check
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev-test --n-workers 2 --timing
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -n 2 --dist loadfile
 
 export: .venv/.installed ## After editing notebooks: modules, clean notebooks, README.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh -c 'nbdev-export && nbdev-clean && $(MAKE) readme'

@@ -301,6 +301,18 @@ def test_the_end_is_written_when_nobody_waits(project):
     shell(project, sys.executable, '-c', code)
     until(lambda: record(project, 'alone')['status'] == 'completed')
 
+def test_workflow_stops_at_a_failure_and_passes_over_what_is_done(here):
+    from weighted_mtp.launch import UserError, workflow
+    stages = [dict(pipeline='critic', ngpus=1, target='local', name='wf-good', overrides=['training.seed=77']),
+              dict(pipeline='critic', ngpus=1, target='local', name='wf-bad', overrides=['experiment.name=broken']), dict(pipeline='critic', ngpus=1, target='local', name='wf-never')]
+    before = records(here)
+    with pytest.raises(UserError, match=r'Stage 2 of 3 \(critic\) did not complete.*\n.*\n.*line 7: not JSON'): workflow(stages, progress=False)
+    assert records(here) - before == {'wf-good', 'wf-bad'}
+    with pytest.raises(UserError, match='Stage 2 of 3'): workflow(stages, skip=True, progress=False)
+    assert records(here) - before == {'wf-good', 'wf-bad', 'wf-bad-2'} # the first was not run again
+    with pytest.raises(UserError, match='batch_size = 0'): workflow([stages[0], {**stages[1], 'batch_size': 0}], progress=False)
+    assert records(here) - before == {'wf-good', 'wf-bad', 'wf-bad-2'} # a workflow that cannot work is not begun
+
 def test_form_refreshes_itself_in_a_kernel(project):
     import nbformat
     from nbclient import NotebookClient

@@ -55,7 +55,8 @@ class _MTPCrossEntropy(torch.autograd.Function):
         buffer = u.new_empty(min(size, len(rows)), len(u), dtype=full)
         for at, y, c in zip(rows.split(size), ids.split(size), scale.split(size)):
             x, p = h[at].to(factor), buffer[:len(at)]
-            losses[at], total = (z.to(d) for z, d in zip(_nll_(_addmm_(p, x, u.T, beta=0), y), (torch.float32, full)))
+            loss, total = _nll_(_addmm_(p, x, u.T, beta=0), y)
+            losses[at] = loss.float()
             if grad_h is None and grad_u is None: continue
             g = p.mul_(c/total).scatter_add_(1, y, -c).to(factor) # scale (softmax - onehot)
             if grad_u is not None: _addmm_(grad_u, g.T, x)

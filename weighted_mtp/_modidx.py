@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'weighted_mtp/training.py'),
                                        'weighted_mtp.training._busy': ('training.html#_busy', 'weighted_mtp/training.py'),
                                        'weighted_mtp.training._essence': ('training.html#_essence', 'weighted_mtp/training.py'),
+                                       'weighted_mtp.training._leave': ('training.html#_leave', 'weighted_mtp/training.py'),
                                        'weighted_mtp.training._memory_advice': ('training.html#_memory_advice', 'weighted_mtp/training.py'),
                                        'weighted_mtp.training._newest': ('training.html#_newest', 'weighted_mtp/training.py'),
                                        'weighted_mtp.training._note_error': ('training.html#_note_error', 'weighted_mtp/training.py'),

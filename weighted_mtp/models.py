@@ -289,14 +289,14 @@ def read_checkpoint(
     if not isinstance(c, dict) or 'model_config' not in c: raise UserError(f"Checkpoint {path} was not written by this package.")
     return c
 
-def _load(path, cls, what, backbone):
+def _described(path, cls, what): # a checkpoint's contents and its model's config
     c = read_checkpoint(path)
     if c['model_type'] != cls.config_class.model_type: raise UserError(f"Checkpoint {path} holds a {c['model_type']}, not a {what}.")
-    config = cls.config_class(**{k: v for k, v in c['model_config'].items() if k != 'model_type'})
-    if not c.get('complete', True): backbone = backbone or load_backbone(c['backbone'])
-    model = cls(config, backbone)
+    return c, cls.config_class(**{k: v for k, v in c['model_config'].items() if k != 'model_type'})
+
+def _filled(path, model, c): # the model with the checkpoint's weights
     try: lost = model.load_state_dict(c['state'], strict=False)
-    except RuntimeError as e: raise UserError(f"Checkpoint {path} does not fit {'its backbone' if backbone else 'its own config'}: {str(e).splitlines()[-1].strip()}") from None
+    except RuntimeError as e: raise UserError(f"Checkpoint {path} does not fit {'its own config' if c.get('complete', True) else 'its backbone'}: {str(e).splitlines()[-1].strip()}") from None
     if lost.unexpected_keys or (c.get('complete', True) and lost.missing_keys):
         raise UserError(f"Checkpoint {path} does not fit its own config: {(lost.unexpected_keys + lost.missing_keys)[0]}.")
     return model.eval()
@@ -306,11 +306,15 @@ def load_value_model(
     backbone=None, # The backbone's model, where the checkpoint holds only what was trained on it (default: the folder it names)
 )->ValueModel: # On the CPU, in evaluation mode
     "The value model of a checkpoint. Raises `UserError` where it does not fit."
-    return _load(path, ValueModel, 'value model', backbone)
+    c, config = _described(path, ValueModel, 'value model')
+    if not c.get('complete', True): backbone = backbone or load_backbone(c['backbone'])
+    return _filled(path, ValueModel(config, backbone), c)
 
 def load_policy(
     path, # A policy's checkpoint
     backbone=None, # As for `load_value_model`
 )->MTPForCausalLM: # On the CPU, in evaluation mode
     "The policy of a checkpoint. Raises `UserError` where it does not fit."
-    return _load(path, MTPForCausalLM, 'policy', backbone)
+    c, config = _described(path, MTPForCausalLM, 'policy')
+    if c.get('complete', True): return _filled(path, MTPForCausalLM(config), c)
+    return _filled(path, build_policy(backbone or load_backbone(c['backbone']), config.n_future_tokens, 'lora' if config.lora else 'full', config.lora), c)

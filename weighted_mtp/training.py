@@ -113,6 +113,7 @@ def shard(
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     how = dict(mesh=init_device_mesh(device, (dist.get_world_size(),)), mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None))
     for block in model.blocks: fully_shard(block, **how)
+    if hasattr(model, 'head'): fully_shard(model.head, mesh=how['mesh']) # a value head is float32, whatever the rest is; one group, one dtype
     fully_shard(model, **how)
 
 def whole(x): # a sharded tensor's full value, on every rank; anything else as it is

@@ -6,7 +6,7 @@ import pytest, torch
 
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.max_steps=12',
-         'training.log_every=4', 'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
+         'training.log_every=4', 'training.cpu_threads=1', 'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):

@@ -67,7 +67,7 @@ def pair_metrics(
 )->dict: # name -> float
     "Pairwise accuracy, margin, ROC-AUC, the likelihood yardstick and the rest. A tie counts half."
     def share(a, b): return ((a > b).float() + (a == b).float()/2).mean().item()
-    both, out = torch.cat([good, bad]), {}
+    both, out = torch.cat([good, bad]), {'lm_loss': -good[:, 4].mean().item()} # of the correct solutions, a token, then a solution
     for suffix, rows in [('', torch.ones_like(kind, dtype=torch.bool))] + [(f'_{k}', kind == KINDS.index(k)) for k in ('mutant', 'sibling')]:
         if not rows.any(): continue
         g, b = good[rows], bad[rows]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from .config import UserError
 from .data import collate_solutions, load_solutions, vocabulary_id
 from .losses import mtp_counts
-from .models import MTPForCausalLM, build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
+from .models import build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
 from .report import weights_picture, write_page
 from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import RunningMoments, advantage_weights, by_source, gae_advantages, select_tokens, selected_count

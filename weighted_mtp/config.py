@@ -6,10 +6,10 @@
 __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'ENV_HINT', 'UserError', 'nearest', 'write_text',
            'locked', 'read_json', 'flatten', 'project_root', 'Experiment', 'Dataset', 'DataSampling', 'Lora', 'Model',
            'Critic', 'Training', 'Checkpoint', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys', 'check_config',
-           'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env']
+           'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env', 'known_secrets', 'redact']
 
 # %% ../nbs/00_config.ipynb #6bdca220
-import difflib, fcntl, json, os, re, time
+import difflib, fcntl, json, os, re, time, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -386,6 +386,7 @@ class Site:
     workdir: str # Where the repository lies on the cluster
     mlflow_uri: str # Address of the MLflow server
     aws_region: str
+    price_per_gpu_hour: float|None = None # For the estimate, in any currency
     secrets: str = 'reference' # reference: names of VESSL-held secrets in the YAML | inline: their values
 
 # %% ../nbs/00_config.ipynb #9403a90a
@@ -401,8 +402,11 @@ def load_site(
     names = {f.name: f for f in fields(Site)}
     if unknown := [k for k in values if k not in names]: raise UserError(f"{path}: unknown field '{unknown[0]}'.{nearest(unknown[0], names)}")
     given = {k: str(v).strip() for k, v in values.items() if str(v).strip()}
-    missing = [k for k in names if k not in given and k != 'secrets']
+    missing = [k for k in names if k not in given and k not in ('secrets', 'price_per_gpu_hour')]
     if missing: raise UserError(f"{path}: missing {', '.join(missing)}. Give each a value under [DEFAULT].")
+    if 'price_per_gpu_hour' in given:
+        try: given['price_per_gpu_hour'] = float(given['price_per_gpu_hour'])
+        except ValueError: raise UserError(f"{path}: price_per_gpu_hour = {given['price_per_gpu_hour']}: must be a number.") from None
     site = Site(**given)
     if site.secrets not in ('reference', 'inline'): raise UserError(f"{path}: secrets = {site.secrets}: allowed are reference, inline.")
     return site
@@ -427,3 +431,23 @@ def load_env(
     missing = [k for k in SECRET_NAMES if k not in env]
     if required and missing: raise UserError(f"{file} has no value for {', '.join(missing)}. {ENV_HINT}")
     return env
+
+# %% ../nbs/00_config.ipynb #a0db4ca4
+def _vessl_token(): # of the environment, or of the file that `vessl configure` writes
+    yield os.environ.get('VESSL_ACCESS_TOKEN')
+    for file in (os.environ.get('VESSL_CREDENTIALS_FILE'), os.environ.get('VESSL_CONFIG_PATH') or '~/.vessl/config'):
+        try: yield tomllib.loads(Path(file).expanduser().read_text(encoding='utf-8'))['user']['access_token']
+        except (OSError, ValueError, KeyError, TypeError): pass
+
+def known_secrets()->list[tuple[str, str]]: # Names and values
+    "Every secret this process can see, of 8 letters or more."
+    env, names = load_env(), [n for n in SECRET_NAMES if n != 'AWS_DEFAULT_REGION']
+    found = [(n, v) for n in names for v in (env.get(n), os.environ.get(n))] + [('the VESSL token', t) for t in _vessl_token()]
+    return list(dict.fromkeys((n, v) for n, v in found if v and len(v) >= 8))
+
+def redact(
+    text:str, # Words of another program, or a message with a user's input in it
+)->str:
+    "The same without secrets."
+    for _, secret in sorted(known_secrets(), key=lambda s: -len(s[1])): text = text.replace(secret, '***') # longest first: one may hold another
+    return re.sub(r'(?<=://)[^/@\s]+@', '***@', text)

@@ -55,7 +55,7 @@ class Service:
         start, out, end = run['created'] + 2*self.pace, [], min(time.time(), run['created'] + (2 + run.get('length', 3))*self.pace, run['stop'] or 9e18)
         n = int(max(0, end - start)/(self.pace/4))
         for i in range(n): out += [dict(timestamp=start + i*self.pace/4, message=f'step {i} of {run["spec"]["name"]}'), dict(timestamp=start + i*self.pace/4, message='same line')]
-        if self.status(run) == 'completed': out.append(dict(timestamp=end, message='100%|###|\\rsaved \\u2713 done'))
+        if self.status(run) == 'completed': out.append(dict(timestamp=end, message='100%|###|\\rsaved ✓ done'))
         return out
 
     def view(self, run):

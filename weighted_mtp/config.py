@@ -6,7 +6,8 @@
 __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'ENV_HINT', 'UserError', 'nearest', 'write_text',
            'locked', 'read_json', 'flatten', 'project_root', 'Experiment', 'Dataset', 'DataSampling', 'Lora', 'Model',
            'Critic', 'Training', 'Checkpoint', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys', 'check_config',
-           'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env', 'known_secrets', 'redact']
+           'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env', 'vessl_tokens',
+           'known_secrets', 'redact']
 
 # %% ../nbs/00_config.ipynb #6bdca220
 import difflib, fcntl, json, os, re, time, tomllib
@@ -433,7 +434,8 @@ def load_env(
     return env
 
 # %% ../nbs/00_config.ipynb #a0db4ca4
-def _vessl_token(): # of the environment, or of the file that `vessl configure` writes
+def vessl_tokens():
+    "Yield VESSL's tokens: of the environment, then of the files that `vessl configure` writes."
     yield os.environ.get('VESSL_ACCESS_TOKEN')
     for file in (os.environ.get('VESSL_CREDENTIALS_FILE'), os.environ.get('VESSL_CONFIG_PATH') or '~/.vessl/config'):
         try: yield tomllib.loads(Path(file).expanduser().read_text(encoding='utf-8'))['user']['access_token']
@@ -442,7 +444,7 @@ def _vessl_token(): # of the environment, or of the file that `vessl configure` 
 def known_secrets()->list[tuple[str, str]]: # Names and values
     "Every secret this process can see, of 8 letters or more."
     env, names = load_env(), [n for n in SECRET_NAMES if n != 'AWS_DEFAULT_REGION']
-    found = [(n, v) for n in names for v in (env.get(n), os.environ.get(n))] + [('the VESSL token', t) for t in _vessl_token()]
+    found = [(n, v) for n in names for v in (env.get(n), os.environ.get(n))] + [('the VESSL token', t) for t in vessl_tokens()]
     return list(dict.fromkeys((n, v) for n, v in found if v and len(v) >= 8))
 
 def redact(

@@ -167,25 +167,25 @@ class VesslClient:
 
     def ask(self,
         action:str, # hello, check, submit, find, read, list, logs, stop
-        limit:float=30., # Seconds; then the child is killed
+        wait:float=30., # Seconds; then the child is killed
         **args, # Of the question
     ): # What VESSL answered
         "Raises `VesslError`."
         with self.lock:
-            site, end = load_site(), time.monotonic() + limit
+            site, end = load_site(), time.monotonic() + wait
             question = dict(action=action, args=args, organization=site.organization, project=site.project)
-            try: return self._ask(question, end, limit)
+            try: return self._ask(question, end, wait)
             except BaseException as e: # half a conversation cannot be gone on with
                 if not isinstance(e, VesslError) or e.kind not in ('refused', 'busy') or not e.sent: self._end()
                 raise
 
-    def _ask(self, question, end, limit):
+    def _ask(self, question, end, wait):
         env, sent = _child_environment(), False
         if self.key != (key := (env, question['organization'], question['project'])): self._end(); self.key = key
         if self.child is None or self.child.poll() is not None: self._start(env)
         with suppress(BrokenPipeError): print(json.dumps(question), file=self.child.stdin, flush=True)
         try:
-            while not (reply := self._read(end, limit)): sent = True
+            while not (reply := self._read(end, wait)): sent = True
             if 'answer' in reply: return reply['answer']
             raise _in_words(reply['kind'], reply['text'])
         except VesslError as e: e.sent = sent; raise
@@ -197,9 +197,9 @@ class VesslClient:
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) # Ctrl-C is for us to handle
         threading.Thread(target=self.said.extend, args=(self.child.stderr,), daemon=True).start() # kept in memory only: it may hold anything
 
-    def _read(self, end, limit): # one line
+    def _read(self, end, wait): # one line
         while '\n' not in self.rest:
-            if not select.select([self.child.stdout], [], [], max(0, end - time.monotonic()))[0]: raise VesslError('slow', f"VESSL did not answer within {limit:.0f} seconds.")
+            if not select.select([self.child.stdout], [], [], max(0, end - time.monotonic()))[0]: raise VesslError('slow', f"VESSL did not answer within {wait:.0f} seconds.")
             more = os.read(self.child.stdout.fileno(), 1 << 20)
             if not more:
                 time.sleep(.05) # its last words are on their way

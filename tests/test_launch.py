@@ -101,6 +101,8 @@ GUIDE = [ # every example of the guide's usage and workflow sections
     (dict(pipeline='ntp', ngpus=1), PLAIN, 24),
     (dict(pipeline='ntp', ngpus=4, batch_size=8, grad_accum=2), TORCHRUN + B + '8' + A + '2', 64),
     (dict(pipeline='critic', ngpus=1, batch_size=2, grad_accum=4), PLAIN.replace('/{p}.yaml', '/{p}_1gpu.yaml') + B + '2' + A + '4', 8),
+    (dict(pipeline='baseline', ngpus=1, batch_size=2, grad_accum=4), PLAIN + B + '2' + A + '4', 8),
+    (dict(pipeline='critic', ngpus=1, batch_size=6, grad_accum=4), PLAIN.replace('/{p}.yaml', '/{p}_1gpu.yaml') + B + '6' + A + '4', 24),
     (dict(pipeline='critic', ngpus=2, batch_size=3, grad_accum=4), TORCHRUN + B + '3' + A + '4', 24),
     (dict(pipeline='critic', ngpus='4', batch_size='2', grad_accum='3', overrides='training.beta=0.5 training.beta=0.7'), # numbers as text, overrides in order
      TORCHRUN + B + '2' + A + '3 --override training.beta=0.5 --override training.beta=0.7', 24)]
@@ -113,7 +115,7 @@ def test_guide_examples(here, request_, line, effective):
     assert plan.command_line == line.format(n=n, p=p)
     assert (plan.effective_batch, plan.preset) == (effective, {1: 'gpu-a100-80g-small', 2: 'gpu-a100-80g-medium', 4: 'gpu-a100-80g-large'}[n])
     y = plan.run_yaml
-    assert (y['name'], y['resources']['cluster'], y['run'][0]['command']) == (f'weighted-mtp-{p}-{n}gpu', 'vessl-kr-a100-80g-sxm', plan.command_line)
+    assert (y['name'], y['resources']['cluster'], y['run'][-1]['command']) == (f'weighted-mtp-{p}-{n}gpu', 'vessl-kr-a100-80g-sxm', plan.command_line)
     assert any(k.startswith('NCCL') for k in y['env']) == (n > 1)
     assert set(y) <= {'name', 'description', 'tags', 'resources', 'image', 'import', 'export', 'env', 'run'}
     assert set(y['export']) < set(y['import']) and y['env']['HF_TOKEN'] == {'secret': 'HF_TOKEN'}
@@ -150,7 +152,7 @@ BAD = [(['critc', '--ngpus', '1'], "Did you mean 'critic'"),
     (['critic', '--ngpus', '1', '--target', 'moon'], 'vessl, local'),
     (['critic', '--ngpus', '1', '--target', 'local', '--name', '../x'], 'plain folder name'),
     (['critic', '--ngpus', '1', '--override', f"experiment.description={SECRETS['HF_TOKEN']}"], 'HF_TOKEN'),
-    (['critic', '--ngpus', '1'], 'does not submit to vessl')]
+    (['critic', '--ngpus', '1'], 'vessl configure')]
 
 def test_bad_requests_by_command(project):
     (project/'torn.yaml').write_text('training: [')
@@ -316,13 +318,13 @@ def test_workflow_stops_at_a_failure_and_passes_over_what_is_done(here):
 def test_form_refreshes_itself_in_a_kernel(project):
     import nbformat
     from nbclient import NotebookClient
-    cells = ["from weighted_mtp.form import LaunchForm\nform = LaunchForm(pipeline='critic', ngpus=1, target='local')\nform.button.click()\nprint(form.view.head.value)",
-             "import asyncio\nfor _ in range(100):\n    if 'completed' in form.view.head.value: break\n    await asyncio.sleep(.1)\nprint(form.view.head.value)"]
+    cells = ["from weighted_mtp.form import LaunchForm\nform = LaunchForm(pipeline='critic', ngpus=1, target='local')\nform.button.click()\nprint(form.told.value)",
+             "import asyncio\nseen = []\nfor _ in range(200):\n    if form.view and form.view.head.value not in seen: seen.append(form.view.head.value)\n    if seen and 'completed' in seen[-1]: break\n    await asyncio.sleep(.05)\nprint(seen)"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     client = NotebookClient(nb, kernel_name='python3', resources={'metadata': {'path': str(project)}}, timeout=60)
     client.execute(env=environment(project))
     texts = [''.join(o.get('text', '') for o in c.outputs) for c in nb.cells]
-    assert 'running' in texts[0] and 'completed' in texts[1]
+    assert 'starting' in texts[0] and 'running' in texts[1] and 'completed' in texts[1]
 
 def test_launch_notebook_without_parameters(project):
     done = shell(project, 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--stdout', 'nbs/launch.ipynb')

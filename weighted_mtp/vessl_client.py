@@ -107,7 +107,7 @@ def _logs(vessl, id, start, limit):
     return [[line.timestamp, line.message or ''] for line in _present(vessl.list_run_logs(run_id=id, tail=limit, after=start), 'logs')]
 
 _ACTIONS = dict(check=_check, submit=_submit, find=_find, logs=_logs, read=lambda vessl, id: _facts(vessl, vessl.read_run(run_id=id)),
-    list=lambda vessl: [_facts(vessl, r) for r in _runs(vessl)], stop=lambda vessl, id: dict(id=_present(vessl.terminate_run(run_id=id).id, 'run id')),
+    stop=lambda vessl, id: dict(id=_present(vessl.terminate_run(run_id=id).id, 'run id')),
     hello=lambda vessl: dict(user=vessl.vessl_api.user.username, **_where(vessl)))
 
 # %% ../nbs/11_vessl_client.ipynb #2867ed3e
@@ -166,7 +166,7 @@ class VesslClient:
     def __init__(self): self.child, self.lock, self.key = None, threading.Lock(), None
 
     def ask(self,
-        action:str, # hello, check, submit, find, read, list, logs, stop
+        action:str, # hello, check, submit, find, read, logs, stop
         wait:float=30., # Seconds; then the child is killed
         **args, # Of the question
     ): # What VESSL answered

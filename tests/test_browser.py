@@ -1,0 +1,116 @@
+"""The form as a person uses it: JupyterLab in headless Chromium, clicked through Playwright, with the stand-in for VESSL behind it.
+
+Screenshots go to storage/screenshots/. Without /usr/bin/chromium (`apt-get install chromium`) the test is skipped.
+"""
+import re, subprocess, time
+from pathlib import Path
+
+import pytest
+
+from test_launch import REPO, environment, project, records, until # noqa: F401 (project is a fixture)
+from vessl_service import Service, TOKEN
+
+CHROMIUM = Path('/usr/bin/chromium')
+SHOTS = REPO/'storage'/'screenshots'
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason='no /usr/bin/chromium: apt-get install chromium')
+
+@pytest.fixture
+def lab(project):
+    "JupyterLab on the project; its address."
+    with Service(pace=2.) as service:
+        env = {**environment(project), 'VESSL_API_HOST': service.url, 'VESSL_ACCESS_TOKEN': TOKEN}
+        log = open(project/'home'/'jupyter.log', 'w')
+        p = subprocess.Popen(['jupyter', 'lab', '--no-browser', '--allow-root', '--ServerApp.port=0', '--IdentityProvider.token=t', f'--ServerApp.root_dir={project}', '--LabApp.news_url=None'],
+                             cwd=project, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            until(lambda: re.search(r'http://localhost:(\d+)/lab', (project/'home'/'jupyter.log').read_text()), 60)
+            port = re.search(r'http://localhost:(\d+)/lab', (project/'home'/'jupyter.log').read_text())[1]
+            yield f'http://127.0.0.1:{port}', service
+        finally: p.terminate(); p.wait(20)
+
+def field(page, label, kind): return page.locator(f'.jupyter-widgets:has(> .widget-label:text-is("{label}")) {kind}').first
+def shot(page, name): SHOTS.mkdir(parents=True, exist_ok=True); page.screenshot(path=SHOTS/f'{name}.png', full_page=True)
+
+def run_all(page, restart=False):
+    page.get_by_role('menuitem', name='Kernel' if restart else 'Run', exact=True).click()
+    page.get_by_text('Restart Kernel and Run All Cells…' if restart else 'Run All Cells', exact=True).click()
+    if restart: page.get_by_role('button', name='Restart', exact=False).last.click()
+
+def view(page, name): return page.locator(f'.wmtp-run:has-text("{name}")').first
+
+def test_form_in_jupyterlab(lab, project):
+    from playwright.sync_api import expect, sync_playwright
+    address, service = lab
+    with sync_playwright() as pw:
+        browser = pw.chromium.launch(executable_path=str(CHROMIUM), args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        page = browser.new_page(viewport={'width': 1300, 'height': 1500})
+        page.set_default_timeout(60_000); expect.set_options(timeout=60_000)
+        page.goto(f'{address}/lab/tree/nbs/launch.ipynb?token=t')
+        page.get_by_text('Four doors, one contract').first.wait_for()
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(state='attached')
+        start = time.perf_counter()
+        run_all(page)
+        field(page, 'pipeline', 'select').wait_for()
+        print(f'form after {time.perf_counter() - start:.2f} s')
+        shot(page, '1-form')
+
+        # fill in: the preview follows; while the request is invalid the button is off and says why
+        field(page, 'pipeline', 'select').select_option('critic')
+        page.locator('.widget-toggle-button', has_text=re.compile('^4$')).click()
+        batch = field(page, 'keep effective batch at', 'input')
+        batch.fill('25')
+        launch = page.get_by_role('button', name='Launch', exact=True)
+        expect(page.get_by_text('the nearest possible are 24 and 28')).to_be_visible()
+        expect(launch).to_be_disabled()
+        start = time.perf_counter()
+        batch.fill('24')
+        expect(page.get_by_text('24 = 6 × 1 × 4')).to_be_visible()
+        print(f'preview after {(time.perf_counter() - start)*1000:.0f} ms')
+        field(page, 'add override', 'input').fill('training.seed')
+        page.locator('input[placeholder="value"]').fill('7')
+        page.get_by_role('button', name='Add', exact=True).click()
+        expect(page.get_by_text('--override training.seed=7')).to_be_visible()
+        page.get_by_text('run YAML').click()
+        expect(page.get_by_text('preset: gpu-a100-80g-large')).to_be_visible()
+        expect(launch).to_be_enabled()
+        shot(page, '2-filled')
+
+        # submit, and see it complete with its log
+        before = records(project)
+        launch.click()
+        until(lambda: len(records(project) - before) == 1)
+        [first] = records(project) - before
+        run = view(page, first)
+        expect(run.get_by_text('run page')).to_have_attribute('href', re.compile('https://app.vessl.ai/weighted-mtp/runs/weighted-mtp/369367000001'))
+        expect(run).to_contain_text('running'); expect(run).to_contain_text('step 2 of weighted-mtp-critic-4gpu')
+        shot(page, '3-running')
+        expect(run).to_contain_text('completed'); expect(run).to_contain_text('saved ✓ done')
+        shot(page, '4-completed')
+
+        # another one is stopped
+        service.pace = 6.
+        field(page, 'pipeline', 'select').select_option('ntp')
+        launch.click()
+        until(lambda: len(records(project) - before) == 2)
+        [second] = records(project) - before - {first}
+        run = view(page, second)
+        run.get_by_role('button', name='Stop').click()
+        expect(run).to_contain_text('stopped')
+        expect(run.get_by_role('button', name='Stop')).to_be_disabled()
+        shot(page, '5-stopped')
+
+        # a third is under way when the kernel is restarted: the new form finds it
+        field(page, 'pipeline', 'select').select_option('baseline')
+        expect(launch).to_be_enabled(); launch.click()
+        until(lambda: len(records(project) - before) == 3)
+        [third] = records(project) - before - {first, second}
+        expect(view(page, third)).to_be_visible()
+        run_all(page, restart=True)
+        page.locator(f'.wmtp-run:has-text("{first}")').wait_for(state='detached') # the old kernel's views are gone
+        run = view(page, third)
+        expect(run).to_contain_text(re.compile('pending|initializing|running'))
+        shot(page, '6-reattached')
+        service.pace = .5
+        expect(run).to_contain_text('completed')
+        browser.close()
+    assert [r['spec']['name'] for r in service.runs.values()] == ['weighted-mtp-critic-4gpu', 'weighted-mtp-ntp-4gpu', 'weighted-mtp-baseline-4gpu']

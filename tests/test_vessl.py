@@ -10,7 +10,7 @@ import pytest, yaml
 from test_launch import GUIDE, REPO, SECRETS, environment, papermill, project, record, records, shell, start, until, wmtp # noqa: F401 (project is a fixture)
 from vessl_service import CLUSTER, FAULTS, Service, TOKEN
 
-N_FAULTY = 200 if os.environ.get('WMTP_ALL') else 40
+N_FAULTY = 200 if os.environ.get('WMTP_ALL') else 25
 
 @pytest.fixture
 def service(monkeypatch, project):
@@ -22,7 +22,7 @@ def service(monkeypatch, project):
 def here(project, service, monkeypatch): # the tests' own process works in the project too, and does not wait long
     from weighted_mtp.targets import VesslTarget
     monkeypatch.chdir(project)
-    for k, v in dict(poll=.2, answer=4., patience=8.).items(): monkeypatch.setattr(VesslTarget, k, v)
+    for k, v in dict(poll=.2, answer=4., patience=8., grace=4.).items(): monkeypatch.setattr(VesslTarget, k, v)
     return project
 
 def runs(project, *words): return shell(project, 'wmtp-runs', *words)
@@ -112,8 +112,10 @@ def test_command_submits_follows_and_stops(project, service):
     assert sorted(got) == sorted(expected) # no line twice, none missing
     r = record(project, 'v-one')
     assert (r['status'], r['ids']['run_id'], r['ids']['tag']) == ('completed', id, tag_of(spec)) and spec == yaml.safe_load((project/'runs/v-one/run.yaml').read_text())
+    service.pace = 4.
     assert wmtp(project, 'ntp', '--ngpus', '1', '--name', 'v-two').returncode == 0
-    assert 'stop' in runs(project, 'stop', 'v-two').stdout or 'terminat' in runs(project, 'show', 'v-two').stdout
+    assert 'v-two: stop' in runs(project, 'stop', 'v-two').stdout
+    service.pace = .3
     until(lambda: 'v-two: stopped' in runs(project, 'show', 'v-two').stdout)
     listed = runs(project, 'list').stdout
     assert 'v-one' in listed and 'v-two' in listed and 'stopped' in listed
@@ -145,7 +147,7 @@ def test_signed_in_by_vessl_configure(project, service, monkeypatch):
     finally: config.unlink()
     assert len(service.runs) == 1 and all('weighted-mtp/projects/weighted-mtp/' in path for _, path, _ in service.requests if 'run_execution' in path or 'run/spec' in path)
 
-TROUBLE = {'401': 'vessl configure', '500': 'is in trouble', '429': 'is in trouble', 'html': '', 'empty': 'holds no', 'reset': 'cannot be reached'}
+TROUBLE = {'401': 'vessl configure', '500': 'is in trouble', '429': 'is in trouble', 'html': 'is in trouble|holds no', 'empty': 'holds no', 'reset': 'cannot be reached'}
 
 def test_troubles_in_words(here, service):
     from weighted_mtp.config import UserError
@@ -179,7 +181,7 @@ def test_a_stray_env_file_does_not_redirect_the_client(project, service, tmp_pat
 
 def test_tls_is_verified_away_from_loopback(project):
     code = ("import os, tempfile; os.chdir(tempfile.mkdtemp()); from weighted_mtp.vessl_client import _import_sdk, _secure; vessl, host = _import_sdk(); _secure(vessl.vessl_api, host); "
-            "print(vessl.vessl_api.api_client.rest_client.pool_manager.connection_pool_kw['cert_reqs'])")
+            "import ssl; print(ssl.VerifyMode(vessl.vessl_api.api_client.rest_client.pool_manager.connection_pool_kw['cert_reqs']).name)")
     for host, says in (('https://vessl.example.org', 'CERT_REQUIRED'), ('http://127.0.0.1:9', 'CERT_NONE'), ('http://vessl.example.org', 'sent over https only')):
         done = subprocess.run([sys.executable, '-c', code], cwd=project, env={**environment(project), 'VESSL_API_HOST': host, 'VESSL_ACCESS_TOKEN': TOKEN}, capture_output=True, text=True, timeout=60)
         assert says in done.stdout + done.stderr, done
@@ -237,7 +239,7 @@ def test_launches_under_faults(here, service):
     from weighted_mtp.config import UserError
     from weighted_mtp.launch import Run, launch
     rng = random.Random(5)
-    service.fault = lambda method, path: rng.choice(FAULTS) if rng.random() < (.5 if method == 'POST' else .12) else None
+    service.fault = lambda method, path: rng.choice(FAULTS) if rng.random() < (.5 if method == 'POST' else .05) else None
     service.hang, service.delay, longest, before = 6., 2., 0., records(here)
     for i in range(N_FAULTY):
         start_ = time.monotonic()
@@ -245,7 +247,7 @@ def test_launches_under_faults(here, service):
         except UserError as e: assert 'Traceback' not in str(e) and str(e)
         longest = max(longest, time.monotonic() - start_)
     service.fault = lambda *_: None
-    time.sleep(service.delay)
+    time.sleep(4 + service.delay)
     names = sorted(records(here) - before)
     assert len(names) == N_FAULTY
     statuses = {n: record(here, n)['status'] for n in names}
@@ -258,8 +260,8 @@ def test_launches_under_faults(here, service):
         exists = r['ids']['tag'] in tags
         assert ('run_id' in r['ids']) == exists, (n, r) # none lost: who has a run knows its number
         assert not exists or service.runs[r['ids']['run_id']]['spec']['tags'][-1] == r['ids']['tag']
-        assert exists or r['status'] in ('failed', 'unknown')
-        assert statuses[n] != 'failed' or not exists or Run(n).status() in ('failed', 'completed') # what was told to have failed has no run
+        assert exists or r['status'] == 'failed'
+        assert statuses[n] != 'failed' or not exists # what was told to have failed has no run
     assert len(tags) > N_FAULTY/3
     # checking and sending take `patience` each, finding out half of that, and the last question of each may take an answer's time more
     assert longest < 2.5*8 + 3*4 + 6
@@ -282,6 +284,8 @@ def test_an_unknown_run_that_never_came(here, service, monkeypatch):
     from weighted_mtp.config import UserError
     from weighted_mtp.launch import Run, launch
     from weighted_mtp.records import update_record
+    from weighted_mtp.targets import VesslTarget
+    monkeypatch.setattr(VesslTarget, 'grace', 60.)
     service.fault = lambda method, path: 'reset' if method == 'POST' else None
     with pytest.raises(UserError, match='not known yet'): launch('critic', 1, name='v-never')
     assert Run('v-never').status() == 'unknown'
@@ -312,7 +316,7 @@ def test_status_words(here, service):
 WORKFLOW = '''
 from weighted_mtp.launch import workflow
 from weighted_mtp.targets import VesslTarget
-VesslTarget.poll = .2
+VesslTarget.poll, VesslTarget.grace = .2, 3.
 workflow([dict(pipeline=p, ngpus=4, overrides=['training.seed=99']) for p in ('critic', 'verifiable', 'baseline', 'rho1')])
 '''
 

@@ -159,6 +159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'weighted_mtp.launch.Run.wait': ('launch.html#run.wait', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch.Run.watch': ('launch.html#run.watch', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._best': ('launch.html#_best', 'weighted_mtp/launch.py'),
+                                     'weighted_mtp.launch._carried_out': ('launch.html#_carried_out', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._duration': ('launch.html#_duration', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._earlier': ('launch.html#_earlier', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._essence': ('launch.html#_essence', 'weighted_mtp/launch.py'),

@@ -240,6 +240,15 @@ def _stage(request, skip): # the run of one stage, and what to say of it
         if earlier := _earlier(plan): return Run(earlier), f": {read_record(earlier)['status']} in {earlier.name}, from {read_record(earlier)['created'][:16]}"
     return None, ''
 
+def _carried_out(request, run, progress): # the run that did a stage
+    if run:
+        try: run.wait(progress); return run
+        except UserError:
+            if run.target.name != 'vessl' or 'run_id' in run.record()['ids']: raise # else it never came to be: its launcher was cut off
+    run = launch(**request)
+    run.wait(progress)
+    return run
+
 def workflow(
     stages, # Requests in order: dicts of `launch`'s arguments
     skip:bool=None, # Pass over stages that a record shows done, and join those under way (default: on VESSL)
@@ -254,9 +263,7 @@ def workflow(
         r = _with_checkpoint(r, made)
         run, earlier = _stage(r, skip)
         print(f"[{i}/{len(requests)}] {r['pipeline']}{earlier}", flush=True)
-        try:
-            run = run or launch(**r)
-            run.wait(progress)
+        try: run = _carried_out(r, run, progress)
         except UserError as e: raise UserError(f"Stage {i} of {len(requests)} ({r['pipeline']}) did not complete, so the rest was not started.\n{e}") from None
         runs.append(run)
         if r['pipeline'] in HANDED_ON and run.status() == 'completed':

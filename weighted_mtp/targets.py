@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil, yaml
 
 from .config import SECRET_NAMES, UserError, load_env, load_site, project_root, read_json, redact, write_text
-from .records import FINAL, now, read_record, record_folder, update_record
+from .records import FINAL, alive, now, read_record, record_folder, update_record
 from .vessl_client import VESSL, VesslError
 
 # %% ../nbs/12_targets.ipynb #c3a94ae6
@@ -218,7 +218,8 @@ class VesslTarget:
     "VESSL's cluster. What fails raises `VesslError`, a `UserError`."
     name = 'vessl'
     poll = 5. # seconds between looks at a run
-    answer, patience = 20., 60. # seconds for one answer; for sending, and again for finding out
+    answer, patience = 20., 60. # seconds for one answer; for sending, and half of that for finding out
+    grace = 120. # seconds after sending in which a run may still appear
 
     def submit(self,
         plan, # A `Plan`
@@ -228,7 +229,8 @@ class VesslTarget:
         folder, tag = Path(folder), f'wmtp-{uuid.uuid4().hex[:12]}'
         spec = {**plan.run_yaml, 'tags': [*plan.run_yaml['tags'], tag]}
         write_text(folder/'run.yaml', run_yaml_text(spec))
-        update_record(folder, status='submitting', ids=dict(tag=tag), sent=now())
+        me = psutil.Process()
+        update_record(folder, status='submitting', sent=None, ids=dict(tag=tag, pid=me.pid, process_started=me.create_time(), host=platform.node()))
         try: self._check(plan)
         except BaseException as e: self._never(folder, e); raise
         self._send(folder, run_yaml_text(with_secrets(spec, load_env())), tag)
@@ -249,6 +251,7 @@ class VesslTarget:
     def _send(self, folder, text, tag):
         end, pause = time.monotonic() + self.patience, 1.
         while True:
+            update_record(folder, sent=now())
             try: return self._adopt(folder, VESSL.ask('submit', self.answer, text=text)['id'])
             except VesslError as e:
                 if e.undecided: return self._settle(folder, tag, e)
@@ -282,7 +285,9 @@ class VesslTarget:
         record = read_json(folder/'record.json')
         if record['status'] in (*FINAL, 'planned'): return record['status']
         if 'run_id' not in record['ids'] and not self._look(folder, record['ids']['tag']):
-            if _age(record['sent']) > 600 and VESSL.ask('find', self.answer, tag=record['ids']['tag']) == []: # it can be asked, and there is none
+            if record['status'] == 'submitting' and alive(record['ids']): return 'submitting'
+            if record['sent'] is None: self._never(folder, 'Its launcher ended before it was sent.')
+            elif _age(record['sent']) > self.grace and VESSL.ask('find', self.answer, tag=record['ids']['tag']) == []: # it can be asked, and there is none
                 self._never(folder, 'VESSL has no run with its tag.')
             return read_json(folder/'record.json')['status']
         facts = VESSL.ask('read', self.answer, id=read_json(folder/'record.json')['ids']['run_id'])
@@ -337,9 +342,10 @@ def _fresh(entries, seen): # those not yet seen; `seen` counts equal ones
         seen[key] = max(n, seen[key])
 
 def _vessl_lines(target, folder, follow):
-    id, seen, last, quiet, failed = target._id(folder), Counter(), 0., 0, None
+    id, seen, last, quiet, failed = None, Counter(), 0., 0, None
     while True:
         try:
+            id = id or target._id(folder)
             ended = not follow or target.status(folder) in FINAL # asked before reading: what came last is read too
             new = sorted(_fresh(VESSL.ask('logs', target.answer, id=id, start=max(0., last - OVERLAP), limit=-1), seen), key=lambda e: e[0])
         except VesslError as e: # the run goes on; so do we, for a while

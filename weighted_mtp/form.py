@@ -13,7 +13,7 @@ import ipywidgets as widgets
 
 from .config import PIPELINES, UserError, config_keys, load_site, project_root, read_json
 from .launch import Run, new_run
-from .plan import DEFAULTS, PLACES, make_plan
+from .plan import DEFAULTS, PLACES, estimate_rows, make_plan
 from .records import FINAL, read_record, short_path
 from .targets import run_yaml_text
 
@@ -128,6 +128,9 @@ def _value(widget): # an empty box is a field not given
     if isinstance(widget, widgets.Textarea): return [line.strip() for line in v.splitlines() if line.strip()]
     return (v.strip() or None) if isinstance(v, str) else v
 
+def _estimate(plan): # beside the plan, since it is a guess
+    return ''.join(f'<div style="line-height:1.4;color:{"#cf222e" if label == "warning" else "#555"}"><b>{escape(label)}</b> {escape(text)}</div>' for label, text in estimate_rows(plan))
+
 def _yaml_details(plan): # folded, not to fill the page
     return f'<details><summary>run YAML</summary><pre style="line-height:1.3">{escape(run_yaml_text(plan.run_yaml))}</pre></details>' if plan.run_yaml else ''
 
@@ -190,7 +193,7 @@ class LaunchForm:
         try: plan = make_plan(**self.request)
         except UserError as e: self._allow(False, '', e); return
         stops = [] if self.fields['dry_run'].value else plan.blockers
-        self._allow(not stops, plan._repr_html_() + _yaml_details(plan), '\n'.join(stops))
+        self._allow(not stops, plan._repr_html_() + _estimate(plan) + _yaml_details(plan), '\n'.join(stops))
 
     def _allow(self, ok, preview, reason):
         self.preview.value, self.told.value, self.button.disabled = preview, _words(reason) if reason else '', not ok

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .config import UserError, load_site, nearest, project_root, read_json, to_yaml
-from .plan import CRITIC, DEFAULTS, Plan, check_request, make_plan, split_overrides, yaml_value
+from .plan import CRITIC, DEFAULTS, Plan, check_request, estimate_rows, make_plan, split_overrides, yaml_value
 from .records import FINAL, in_papermill, keep_notebook, load_record, new_record, read_record, record_folder, request_notebook, short_path
 from .targets import TARGETS, VesslTarget, log_tail, run_yaml_text
 from .vessl_client import VesslError
@@ -194,7 +194,7 @@ def launch(
     run, plan = new_run(pipeline=pipeline, ngpus=ngpus, batch_size=batch_size, grad_accum=grad_accum, critic_checkpoint=critic_checkpoint,
                  effective_batch=effective_batch, overrides=overrides, target=target, dry_run=dry_run, config=config, name=name)
     keep_notebook(run.folder)
-    print(f"{plan}\n{'record':16} {short_path(run.folder)}{' (dry run: nothing is started)' if dry_run else ''}", flush=True)
+    print(plan, *(f'{label:16} {text}' for label, text in estimate_rows(plan)), f"{'record':16} {short_path(run.folder)}{' (dry run: nothing is started)' if dry_run else ''}", sep='\n', flush=True)
     if not dry_run: run.target.submit(plan, run.folder)
     for line in _vessl_places(run.record()): print(line.removeprefix('  '), flush=True)
     return run

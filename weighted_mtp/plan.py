@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'PLACES', 'BATCH', 'ACCUM', 'CRITIC', 'NCCL', 'split_overrides', 'check_request', 'yaml_value', 'has_code',
-           'Plan', 'make_plan']
+           'Plan', 'estimate_rows', 'make_plan']
 
 # %% ../nbs/13_plan.ipynb #b31af45f
 import re, shlex, time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 
 from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, known_secrets, load_config, load_env, load_site, nearest,
                                  project_root, read_json, redact, vessl_tokens)
+from .estimate import Estimate, estimate, measured_step
 from .records import git_state, on_remote, short_path
 from .targets import INLINE, run_yaml_text
 
@@ -89,13 +91,17 @@ def _config_file(r): # as the command names it: from the project's root where it
     found = next((p for p in (root/path, Path.cwd()/path) if p.is_file()), None)
     return short_path(found.resolve(), root) if found else r['config']
 
+@lru_cache(32)
+def _read(path, changed): return load_config(path) # a form asks on each key press
+
 def _load(r, file, problems):
     if r['config'] is None and not (project_root()/file).is_file():
         have = [p for p in PIPELINES if (project_root()/_config_file({**r, 'pipeline': p})).is_file()]
         problems.append(f"{file} is not in this version. On target {r['target']} there are configs for "
                         f"{', '.join(have) or 'no pipeline'}; or give config=PATH.")
         return None
-    try: return load_config(file)
+    path = project_root()/file
+    try: return _read(file, (path, path.stat().st_mtime_ns)) if path.is_file() else load_config(file)
     except UserError as e: problems += str(e).split('\n')
 
 # %% ../nbs/13_plan.ipynb #99b329b4
@@ -133,6 +139,9 @@ def _overrides(r, config, problems):
 # %% ../nbs/13_plan.ipynb #e1bc60d0
 def _resolve(config, overrides, problems): # the config as the run will see it
     good = []
+    if config is not None:
+        try: return apply_overrides(config, overrides)
+        except UserError: pass
     for o in overrides: # each alone, so that one slip does not hide the next
         try: apply_overrides({}, [o])
         except UserError as e:
@@ -264,6 +273,10 @@ class Plan:
     @property
     def checkpoint(self)->str: return f"{self.resolved['checkpoint']['save_dir']}/checkpoint_best.pt" # where its best will lie
     def to_dict(self)->dict: return asdict(self)
+    def estimate(self)->Estimate|None:
+        "Memory, time and cost; None where the architecture is not known. Not part of the plan: records of other runs make it better."
+        n, gpu = self.request['ngpus'], self.target == 'vessl'
+        return estimate(self.resolved, n, gpu, load_site().price_per_gpu_hour if gpu else None, measured_step(self.resolved, n, self.target))
     def __repr__(self): return '\n'.join(f'{k:16} {v}' for k, v in _summary(self))
     def _repr_html_(self):
         left = 'style="text-align:left;vertical-align:top"'
@@ -277,6 +290,15 @@ def _summary(plan): # rows that a person reads before launching
     yield 'command', plan.command_line
     for w in plan.warnings: yield 'warning', w
     for b in plan.blockers: yield 'before launching', b
+
+def estimate_rows(
+    plan:Plan,
+):
+    "Yield label and text: what a plan will take, and what of it is too much."
+    e = plan.estimate()
+    if e is None: yield 'estimate', f"none: the architecture of {plan.resolved['model']['backbone']} is not known here"; return
+    for line in str(e).splitlines(): yield line[:16].strip(), line[17:]
+    for w in e.warnings: yield 'warning', w
 
 # %% ../nbs/13_plan.ipynb #fc960251
 def make_plan(

@@ -203,6 +203,26 @@ def test_odd_values_change_nothing_else(here, service, odd, tmp_path):
     done = subprocess.run(['bash', '-c', sent['run'][-1]['command']], cwd=tmp_path, env={'PATH': f'{tmp_path}:/usr/bin:/bin', 'LANG': 'C.UTF-8'}, capture_output=True, text=True)
     assert json.loads(done.stdout) == plan['command'][1:] and [p.name for p in tmp_path.iterdir()] == ['uv']
 
+def test_odd_names_of_files_and_records(here, service):
+    from weighted_mtp.launch import launch
+    for odd in ODD:
+        if set(odd) & {'/', '\\'} or odd.startswith('-'): continue # a path, and refused as a record's name
+        config = here/'configs'/'critic'/f'{odd}.yaml'
+        config.write_text((here/'configs/critic/critic.yaml').read_text())
+        run = launch('critic', 2, config=f'configs/critic/{odd}.yaml', name=odd)
+        sent = created(service).popitem()[1]
+        assert run.name == odd and shlex.split(sent['run'][-1]['command']) == run.record()['plan']['command'] and f'configs/critic/{odd}.yaml' in run.record()['plan']['command']
+        config.unlink()
+
+def test_a_site_with_odd_values_keeps_its_shape(here, service):
+    from weighted_mtp.plan import make_plan
+    from weighted_mtp.targets import run_yaml_text
+    site, plain = (here/'settings.ini').read_text(), make_plan('critic', 2).run_yaml
+    for odd in ('image: {x}', '"quoted" \'too\'', 'a # b', '한글', '$(rm -rf /)', '{{name}}', '- a'):
+        (here/'settings.ini').write_text('\n'.join(f'image = {odd}' if line.startswith('image ') else line for line in site.splitlines()))
+        try: assert yaml.safe_load(run_yaml_text(make_plan('critic', 2).run_yaml)) == {**plain, 'image': odd}, odd
+        finally: (here/'settings.ini').write_text(site)
+
 def test_what_cannot_be_one_line_is_refused(here):
     from weighted_mtp.config import UserError
     from weighted_mtp.plan import make_plan

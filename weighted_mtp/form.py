@@ -108,14 +108,14 @@ def unfinished()->list[str]: # Names of records, newest first
     return [folder.name for record, folder in _records() if record.get('status') not in (*FINAL, 'planned')]
 
 # %% ../nbs/14_form.ipynb #553c2559
-_STYLE = {'description_width': '10em'}
-def _wide(): return widgets.Layout(width='44em') # one each: hiding a widget hides all that share its layout
+_STYLE = {'description_width': '13em'}
+def _wide(): return widgets.Layout(width='47em') # one each: hiding a widget hides all that share its layout
 
 def _fields(): # one widget a request field
     def text(label, hint='', cls=widgets.Text, **kw): return cls(description=label, placeholder=hint, layout=_wide(), style=_STYLE, continuous_update=True, **kw)
     def pick(label, options): return widgets.Dropdown(description=label, options=options, layout=_wide(), style=_STYLE)
     return dict(pipeline=pick('pipeline', PIPELINES),
-        ngpus=widgets.ToggleButtons(description='GPUs', options=(1, 2, 4), style={**_STYLE, 'button_width': '4em'}),
+        ngpus=widgets.ToggleButtons(description='GPUs', options=(1, 2, 4), layout=_wide(), style={**_STYLE, 'button_width': '4em'}),
         target=pick('target', PLACES),
         batch_size=text('batch size', "per GPU; empty: the config's"), grad_accum=text('accumulation', "steps; empty: the config's"),
         effective_batch=text('keep effective batch at', 'instead of the two above: batch size × accumulation × GPUs'),
@@ -153,7 +153,7 @@ class LaunchForm:
         for name in reversed(unfinished()): self.open(name)
 
     def _adder(self): # an override's key, completed from the schema
-        self.key = widgets.Combobox(description='add override', options=[k for k in config_keys() if k != 'pipeline'], placeholder='key: type to search', style=_STYLE, layout=widgets.Layout(width='28em'))
+        self.key = widgets.Combobox(description='add override', options=[k for k in config_keys() if k != 'pipeline'], placeholder='key: type to search', style=_STYLE, layout=widgets.Layout(width='31em'))
         self.new_value, add = widgets.Text(placeholder='value', layout=widgets.Layout(width='10em')), widgets.Button(description='Add', layout=widgets.Layout(width='5em'))
         add.on_click(lambda _: self._add())
         return widgets.HBox([self.key, self.new_value, add])

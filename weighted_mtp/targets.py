@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil, yaml
+from fastcore.basics import patch
 
 from .config import SECRET_NAMES, UserError, load_env, load_site, project_root, read_json, redact, write_text
 from .records import FINAL, alive, now, read_record, record_folder, update_record
@@ -208,12 +209,6 @@ def with_secrets(
     return {**run_yaml, 'env': {k: env[k] if v == INLINE and k in SECRET_NAMES else v for k, v in run_yaml['env'].items()}}
 
 # %% ../nbs/12_targets.ipynb #929ded86
-def _mine(status): # VESSL's word for a status, ours: `terminated` and words nobody has heard of among them
-    return 'stopped' if status in ('terminated', 'stopped') else status
-
-def _age(stamp): # seconds since
-    return (datetime.fromisoformat(now()) - datetime.fromisoformat(stamp)).total_seconds()
-
 class VesslTarget:
     "VESSL's cluster. What fails raises `VesslError`, a `UserError`."
     name = 'vessl'
@@ -258,74 +253,93 @@ class VesslTarget:
                 if e.kind in ('refused', 'signed out') or time.monotonic() > end: self._never(folder, e); raise
             except KeyboardInterrupt: update_record(folder, status='unknown'); raise
             time.sleep(pause); pause = min(2*pause, 10)
+            if self._look(folder, tag): return # a gateway may say 503 to what went through
 
-    def _settle(self, folder, tag, why): # was it created?
-        update_record(folder, status='unknown')
-        end, pause = time.monotonic() + self.patience/2, .5
-        while time.monotonic() < end:
-            if self._look(folder, tag): return
-            time.sleep(pause); pause = min(2*pause, 8)
-        error = VesslError(why.kind, f"{why}\nWhether VESSL started the run is not known yet: it will be looked for by its tag {tag} whenever you ask for {folder.name} (wmtp-runs show {folder.name}). Do not launch it again before that is settled.")
-        error.sent = True
-        raise error
+# %% ../nbs/12_targets.ipynb #ab2ff8dc
+@patch
+def _settle(self:VesslTarget, folder, tag, why): # was it created?
+    update_record(folder, status='unknown')
+    end, pause = time.monotonic() + self.patience/2, .5
+    while time.monotonic() < end:
+        if self._look(folder, tag): return
+        time.sleep(pause); pause = min(2*pause, 8)
+    error = VesslError(why.kind, f"{why}\nWhether VESSL started the run is not known yet: it will be looked for by its tag {tag} whenever you ask for {folder.name} (wmtp-runs show {folder.name}). Do not launch it again before that is settled.")
+    error.sent = True
+    raise error
 
-    def _look(self, folder, tag)->bool: # found by its tag
-        try: found = VESSL.ask('find', self.answer, tag=tag)
-        except VesslError: return False
-        if found: self._adopt(folder, found[-1]['id'], found[-1]['url'])
-        return bool(found)
+@patch
+def _look(self:VesslTarget, folder, tag)->bool: # found by its tag
+    try: found = VESSL.ask('find', self.answer, tag=tag)
+    except VesslError: return False
+    if found: self._adopt(folder, found[-1]['id'], found[-1]['url'])
+    return bool(found)
 
-    def _adopt(self, folder, id, url=None):
-        site, ids = load_site(), read_json(folder/'record.json')['ids']
-        update_record(folder, status='pending', ids={**ids, 'run_id': id, 'url': url or f"https://app.vessl.ai/{site.organization}/runs/{site.project}/{id}"})
+@patch
+def _adopt(self:VesslTarget, folder, id, url=None):
+    site, ids = load_site(), read_json(folder/'record.json')['ids']
+    update_record(folder, status='pending', ids={**ids, 'run_id': id, 'url': url or f"https://app.vessl.ai/{site.organization}/runs/{site.project}/{id}"})
 
-    def status(self, folder)->str:
-        "planned, submitting, unknown; VESSL's own pending, initializing, running, …; completed, failed or stopped."
-        folder = record_folder(folder)
-        record = read_json(folder/'record.json')
-        if record['status'] in (*FINAL, 'planned'): return record['status']
-        if 'run_id' not in record['ids'] and not self._look(folder, record['ids']['tag']):
-            if record['status'] == 'submitting' and alive(record['ids']): return 'submitting'
-            if record['sent'] is None: self._never(folder, 'Its launcher ended before it was sent.')
-            elif _age(record['sent']) > self.grace and VESSL.ask('find', self.answer, tag=record['ids']['tag']) == []: # it can be asked, and there is none
-                self._never(folder, 'VESSL has no run with its tag.')
-            return read_json(folder/'record.json')['status']
-        facts = VESSL.ask('read', self.answer, id=read_json(folder/'record.json')['ids']['run_id'])
-        return self._note(folder, record, _mine(facts['status']), facts)
+# %% ../nbs/12_targets.ipynb #d5ce48ac
+def _mine(status): # VESSL's word for a status, ours: `terminated` and words nobody has heard of among them
+    return 'stopped' if status in ('terminated', 'stopped') else status
 
-    def _note(self, folder, record, status, facts):
-        changes = dict(status=status)
-        if status not in ('pending', 'initializing') and not record['started']: changes['started'] = now()
-        if status in FINAL: changes |= dict(ended=now(), exit_code=0 if status == 'completed' else None)
-        if status == 'failed': changes['note'] = redact(facts['reason'] or 'VESSL gives no reason')
-        if status != record['status']: update_record(folder, **changes)
-        return status
+def _age(stamp): # seconds since
+    return (datetime.fromisoformat(now()) - datetime.fromisoformat(stamp)).total_seconds()
 
-    def _id(self, folder):
-        self.status(folder)
-        record = read_json(folder/'record.json')
-        if 'run_id' not in record.get('ids', {}): raise UserError(f"{folder.name} has no run at VESSL: it is {record['status']}. {record.get('note') or ''}".strip())
-        return record['ids']['run_id']
+@patch
+def status(self:VesslTarget, folder)->str:
+    "planned, submitting, unknown; VESSL's own pending, initializing, running, …; completed, failed or stopped."
+    folder = record_folder(folder)
+    record = read_json(folder/'record.json')
+    if record['status'] in (*FINAL, 'planned'): return record['status']
+    if 'run_id' not in record['ids'] and not self._look(folder, record['ids']['tag']):
+        if record['status'] == 'submitting' and alive(record['ids']): return 'submitting'
+        if record['sent'] is None: self._never(folder, 'Its launcher ended before it was sent.')
+        elif _age(record['sent']) > self.grace and VESSL.ask('find', self.answer, tag=record['ids']['tag']) == []: # it can be asked, and there is none
+            self._never(folder, 'VESSL has no run with its tag.')
+        return read_json(folder/'record.json')['status']
+    facts = VESSL.ask('read', self.answer, id=read_json(folder/'record.json')['ids']['run_id'])
+    return self._note(folder, record, _mine(facts['status']), facts)
 
-    def stop(self, folder)->str:
-        "Ask VESSL to end the run; returns its status."
-        folder = record_folder(folder)
-        if read_json(folder/'record.json')['status'] == 'planned': return 'planned'
-        id = self._id(folder)
-        if self.status(folder) not in FINAL:
-            update_record(folder, stop_requested=True)
-            VESSL.ask('stop', self.answer, id=id)
-        return self.status(folder)
+@patch
+def _note(self:VesslTarget, folder, record, status, facts):
+    changes = dict(status=status)
+    if status not in ('pending', 'initializing', *FINAL) and not record['started']: changes['started'] = now()
+    if status in FINAL: changes |= dict(ended=now(), exit_code=0 if status == 'completed' else None)
+    if status == 'failed': changes['note'] = redact(facts['reason'] or 'VESSL gives no reason')
+    if status != record['status']: update_record(folder, **changes)
+    return status
 
-    def logs(self, folder, follow=False):
-        "Yield the log's lines, none twice and none left out."
-        return _vessl_lines(self, record_folder(folder), follow)
+# %% ../nbs/12_targets.ipynb #0f82218e
+@patch
+def _id(self:VesslTarget, folder):
+    self.status(folder)
+    record = read_json(folder/'record.json')
+    if 'run_id' not in record.get('ids', {}): raise UserError(f"{folder.name} has no run at VESSL: it is {record['status']}. {record.get('note') or ''}".strip())
+    return record['ids']['run_id']
 
-    def tail(self, folder, n:int=10):
-        "The log's last lines."
-        folder = record_folder(folder)
-        if read_json(folder/'record.json')['status'] == 'planned': return []
-        return [line for _, message in VESSL.ask('logs', self.answer, id=self._id(folder), start=0, limit=n) for line in _message(message)][-n:]
+@patch
+def stop(self:VesslTarget, folder)->str:
+    "Ask VESSL to end the run; returns its status."
+    folder = record_folder(folder)
+    if read_json(folder/'record.json')['status'] == 'planned': return 'planned'
+    id = self._id(folder)
+    if self.status(folder) not in FINAL:
+        update_record(folder, stop_requested=True)
+        VESSL.ask('stop', self.answer, id=id)
+    return self.status(folder)
+
+@patch
+def logs(self:VesslTarget, folder, follow=False):
+    "Yield the log's lines, none twice and none left out."
+    return _vessl_lines(self, record_folder(folder), follow)
+
+@patch
+def tail(self:VesslTarget, folder, n:int=10):
+    "The log's last lines."
+    folder = record_folder(folder)
+    if read_json(folder/'record.json')['status'] == 'planned': return []
+    return [line for _, message in VESSL.ask('logs', self.answer, id=self._id(folder), start=0, limit=n) for line in _message(message)][-n:]
 
 TARGETS = {'local': LocalTarget, 'vessl': VesslTarget}
 

@@ -762,6 +762,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'weighted_mtp/vessl_client.py'),
                                            'weighted_mtp.vessl_client._kind': ('vessl_client.html#_kind', 'weighted_mtp/vessl_client.py'),
                                            'weighted_mtp.vessl_client._logs': ('vessl_client.html#_logs', 'weighted_mtp/vessl_client.py'),
+                                           'weighted_mtp.vessl_client._page': ('vessl_client.html#_page', 'weighted_mtp/vessl_client.py'),
                                            'weighted_mtp.vessl_client._present': ( 'vessl_client.html#_present',
                                                                                    'weighted_mtp/vessl_client.py'),
                                            'weighted_mtp.vessl_client._runs': ('vessl_client.html#_runs', 'weighted_mtp/vessl_client.py'),

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil, yaml
 from fastcore.basics import patch
 
-from .config import SECRET_NAMES, UserError, load_env, load_site, project_root, read_json, redact, write_text
+from .config import SECRET_NAMES, UserError, load_env, project_root, read_json, redact, write_text
 from .records import FINAL, alive, now, read_record, record_folder, update_record
 from .vessl_client import VESSL, VesslError
 
@@ -247,7 +247,7 @@ class VesslTarget:
         end, pause = time.monotonic() + self.patience, 1.
         while True:
             update_record(folder, sent=now())
-            try: return self._adopt(folder, VESSL.ask('submit', self.answer, text=text)['id'])
+            try: return self._adopt(folder, VESSL.ask('submit', self.answer, text=text))
             except VesslError as e:
                 if e.undecided: return self._settle(folder, tag, e)
                 if e.kind in ('refused', 'signed out') or time.monotonic() > end: self._never(folder, e); raise
@@ -271,13 +271,13 @@ def _settle(self:VesslTarget, folder, tag, why): # was it created?
 def _look(self:VesslTarget, folder, tag)->bool: # found by its tag
     try: found = VESSL.ask('find', self.answer, tag=tag)
     except VesslError: return False
-    if found: self._adopt(folder, found[-1]['id'], found[-1]['url'])
+    if found: self._adopt(folder, found[-1])
     return bool(found)
 
 @patch
-def _adopt(self:VesslTarget, folder, id, url=None):
-    site, ids = load_site(), read_json(folder/'record.json')['ids']
-    update_record(folder, status='pending', ids={**ids, 'run_id': id, 'url': url or f"https://app.vessl.ai/{site.organization}/runs/{site.project}/{id}"})
+def _adopt(self:VesslTarget, folder, run): # the record knows its run
+    ids = read_json(folder/'record.json')['ids']
+    update_record(folder, status='pending', ids={**ids, 'run_id': run['id'], 'url': run['url']})
 
 # %% ../nbs/12_targets.ipynb #d5ce48ac
 def _mine(status): # VESSL's word for a status, ours: `terminated` and words nobody has heard of among them

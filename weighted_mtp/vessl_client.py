@@ -82,15 +82,19 @@ def _check(vessl, cluster, preset, secrets):
 
 def _where(vessl): return dict(organization_name=vessl.vessl_api.organization.name, project_name=vessl.vessl_api.project.name)
 
-def _facts(vessl, run):
+def _page(vessl, id):
     from vessl.util.constant import WEB_HOST
     where = _where(vessl)
+    return f"{WEB_HOST}/{where['organization_name']}/runs/{where['project_name']}/{id}"
+
+def _facts(vessl, run):
     return dict(id=_present(run.id, 'run id'), status=_present(run.status, 'status'), reason=run.status_reason or '', created=str(run.create_dt or ''), title=getattr(run.run_spec, 'title', None) or '',
-                url=f"{WEB_HOST}/{where['organization_name']}/runs/{where['project_name']}/{run.id}")
+                url=_page(vessl, run.id))
 
 def _submit(vessl, text):
     answer = vessl.vessl_api.run_spec_create_from_yamlapi(**_where(vessl), run_spec_create_from_yamlapi_input={'yaml_spec': text})
-    return dict(id=_present(getattr(answer.run_execution, 'id', None), 'run id'))
+    id = _present(getattr(answer.run_execution, 'id', None), 'run id')
+    return dict(id=id, url=_page(vessl, id))
 
 def _runs(vessl, limit=200): # newest first
     return _present(vessl.vessl_api.run_execution_list_api(**_where(vessl), limit=limit).results, 'runs')
@@ -123,7 +127,7 @@ def _kind(e): # of any exception of the client
     if any(type(x).__module__.startswith(('urllib3', 'http.client')) or isinstance(x, OSError) for x in chain): return 'unreachable'
     return 'broken'
 
-def _trouble(e): return dict(kind=_kind(e), text=' '.join(str(e).split())[:500] or type(e).__name__)
+def _trouble(e): return dict(kind=_kind(e), text=' '.join(str(e).split()) or type(e).__name__)
 
 def _answer(vessl, question):
     try: return dict(answer=_ACTIONS[question['action']](vessl, **question['args']))
@@ -155,7 +159,7 @@ def _child_environment():
     return {**env, 'VESSL_DATA_COLLECTION_OPT_OUT': 'true', 'ENABLE_SENTRY': 'false', 'VESSL_SAVE_CONFIG': 'false', **({'PYTHONPATH': source} if source else {})}
 
 def _in_words(kind, text): # VESSL's error, ours
-    text, host = redact(text), os.environ.get('VESSL_API_HOST', 'https://api.vessl.ai')
+    text, host = redact(text)[:500], os.environ.get('VESSL_API_HOST', 'https://api.vessl.ai')
     if kind == 'signed out': text = f"VESSL does not accept who you are ({text}). Sign in with `vessl configure`, or set VESSL_ACCESS_TOKEN."
     elif kind == 'unreachable': text = f"VESSL at {host} cannot be reached: {text}"
     elif not text.startswith('VESSL'): text = f"VESSL {'refused' if kind == 'refused' else 'is in trouble, try again later'}: {text}"
@@ -203,7 +207,7 @@ class VesslClient:
             more = os.read(self.child.stdout.fileno(), 1 << 20)
             if not more:
                 time.sleep(.05) # its last words are on their way
-                raise VesslError('broken', redact(f"The VESSL client ended unexpectedly: {(list(self.said) or ['no message'])[-1].strip()[:300]}"))
+                raise VesslError('broken', 'The VESSL client ended unexpectedly: ' + redact((list(self.said) or ['no message'])[-1].strip())[:300])
             self.rest += more.decode()
         line, _, self.rest = self.rest.partition('\n')
         return json.loads(line)

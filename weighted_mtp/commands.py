@@ -72,9 +72,9 @@ def _now(folder): # a record's status as it is, and why it may be old
 
 def _list():
     for r in list_records().itertuples():
-        if r.status not in (*FINAL, 'planned', 'unreadable'): _now(r.Index)
+        if r.status not in (*FINAL, 'planned', 'unreadable'): _now(r.name)
     table = list_records()
-    print('No records yet.' if not len(table) else table.to_string())
+    print('No records yet.' if not len(table) else table.to_string(index=False))
 
 def _show(run):
     status, doubt = _now(run.folder)

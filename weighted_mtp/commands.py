@@ -6,13 +6,13 @@
 __all__ = ['ACTIONS', 'wmtp_launch', 'wmtp_runs']
 
 # %% ../nbs/14_commands.ipynb #58e3f316
-import sys
+import shlex, sys
 from contextlib import contextmanager
 from typing import Annotated
 
 from fastcore.script import call_parse
 
-from .config import UserError, nearest
+from .config import UserError
 from .launch import Run, launch, outcome, relaunch
 from .records import FINAL, list_records, read_record, short_path
 from .vessl_client import VesslError
@@ -81,7 +81,7 @@ def _show(run):
     record = run.record()
     print(f"{run.name}: {status} {doubt}".rstrip())
     for k in ('pipeline', 'ngpus', 'target'): print(f"  {k:12}{record['request'][k]}")
-    print(f"  {'command':12}{' '.join(record['plan']['command'])}")
+    print(f"  {'command':12}{shlex.join(record['plan']['command'])}")
     print(f"  {'commit':12}{record['git']['commit']}{' with uncommitted changes' if record['git']['dirty'] else ''}")
     if record.get('note'): print(f"  {'note':12}{record['note']}")
     for line in outcome(run.folder, record): print(line)

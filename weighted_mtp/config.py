@@ -6,11 +6,11 @@
 __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'ENV_HINT', 'UserError', 'nearest', 'write_text',
            'locked', 'read_json', 'flatten', 'project_root', 'Experiment', 'Dataset', 'DataSampling', 'Lora', 'Model',
            'Critic', 'Training', 'Checkpoint', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys', 'check_config',
-           'apply_overrides', 'load_config', 'to_yaml', 'Site', 'load_site', 'load_env', 'vessl_tokens',
-           'known_secrets', 'redact']
+           'apply_overrides', 'load_config', 'to_yaml', 'steps_per_epoch', 'total_steps', 'Site', 'load_site',
+           'load_env', 'vessl_tokens', 'known_secrets', 'redact']
 
 # %% ../nbs/00_config.ipynb #6bdca220
-import difflib, fcntl, json, os, re, time, tomllib
+import difflib, fcntl, json, math, os, re, time, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -368,6 +368,24 @@ def to_yaml(
 )->str: # YAML with every reference resolved
     "The resolved config as text, as run records keep it."
     return OmegaConf.to_yaml(config, resolve=True)
+
+# %% ../nbs/00_config.ipynb #09c3cca3
+def steps_per_epoch(
+    n_items:int, # Training items
+    t, # The config's `training` section
+    world_size:int=1,
+)->int: # Optimizer steps in one pass
+    "The last, smaller step of an epoch counts too."
+    batches = math.ceil(n_items / (t.batch_size*world_size))
+    return math.ceil(batches / t.gradient_accumulation_steps)
+
+def total_steps(
+    n_items:int, # Training items
+    t, # The config's `training` section
+    world_size:int=1,
+)->int:
+    "Optimizer steps of a whole run."
+    return t.max_steps if t.max_steps > 0 else math.ceil(t.n_epochs * steps_per_epoch(n_items, t, world_size))
 
 # %% ../nbs/00_config.ipynb #6b80da1d
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VOCAB', 'KNOWN', 'FIXED', 'SCATTERED', 'LIMIT', 'PEAK', 'SHARE', 'THREAD', 'LENGTH', 'architecture',
-           'count_parameters', 'frozen_beside', 'count_steps', 'memory_parts', 'flops_per_token', 'measured_step',
-           'Estimate', 'estimate']
+           'count_parameters', 'frozen_beside', 'memory_parts', 'flops_per_token', 'measured_step', 'Estimate',
+           'estimate']
 
 # %% ../nbs/10_estimate.ipynb #82333c80
-import math, os, re
+import os, re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .config import UserError, project_root, read_json
+from .config import UserError, project_root, read_json, total_steps
 
 # %% ../nbs/10_estimate.ipynb #44c877ab
 VOCAB = 1024 # tokens of the embedded tokenizer, at most
@@ -55,20 +55,23 @@ def _value_head(D, kind):
     mlp = D*(D//4) + D//4 + (D//4)*(D//8) + 2*(D//8) + 1
     return 2*D + (D+1 if kind in ('linear', 'sigmoid') else mlp) + (2*D+2 if kind == 'surprise' else 0)
 
+def _linear(a): return 2*a.D*(a.q + a.kv) + 3*a.D*a.ffn # numbers of a block's seven matrices
+def _block(a): return _linear(a) + 2*a.D
+def _rest(a): return a.vocab*a.D*(1 if a.tied else 2) + a.D
+
 def count_parameters(
     c, # A config as attributes
     a, # `architecture` of its backbone
-): # total, trainable; heads, blocks, of which `trained_blocks` keep activations; of one block: linear, block, adapters; rest
+): # total, trainable; heads, blocks, of which `trained_blocks` keep activations; of one block: block, adapters; rest
     "How many numbers a model holds, and how many of them are trained."
     critic, r = c.pipeline == 'critic', c.model.lora.r if c.model.tuning == 'lora' else 0
     heads = 1 if critic else c.model.n_future_tokens
-    blocks, linear = a.layers + heads - 1, 2*a.D*(a.q + a.kv) + 3*a.D*a.ffn
-    block, adapters = linear + 2*a.D, r*(2*(a.D + a.q) + 2*(a.D + a.kv) + 3*(a.D + a.ffn))
-    rest, head = a.vocab*a.D*(1 if a.tied else 2) + a.D, _value_head(a.D, c.critic.head) if critic else 0
+    blocks, block, rest = a.layers + heads - 1, _block(a), _rest(a)
+    adapters, head = r*(2*(a.D + a.q) + 2*(a.D + a.kv) + 3*(a.D + a.ffn)), _value_head(a.D, c.critic.head) if critic else 0
     total = blocks*(block + adapters) + rest + head
     trainable = {'full': total, 'lora': blocks*adapters + head, 'frozen': (heads-1)*block + head}[c.model.tuning]
     return SimpleNamespace(total=total, trainable=trainable, heads=heads, blocks=blocks, trained_blocks=heads-1 if c.model.tuning == 'frozen' else blocks,
-                           linear=linear, block=block, adapters=adapters, rest=rest)
+                           block=block, adapters=adapters, rest=rest)
 
 # %% ../nbs/10_estimate.ipynb #9ecda4b7
 def frozen_beside(
@@ -85,17 +88,7 @@ def frozen_beside(
     elif path: known = architecture(SimpleNamespace(backbone=path)) if path != 'micro' else None
     return known or (a if c.model.backbone == 'micro' else _shape(**KNOWN[r'2\.7b']))
 
-def _frozen_parameters(a): return a.layers*(2*a.D*(a.q + a.kv) + 3*a.D*a.ffn + 2*a.D) + a.vocab*a.D*(1 if a.tied else 2) + a.D
-
-# %% ../nbs/10_estimate.ipynb #76544cbb
-def count_steps(
-    c, # A config as attributes
-    ngpus:int=1,
-)->int:
-    "Optimizer steps of a run."
-    t = c.training
-    batches = math.ceil(c.data_sampling.n_samples / (t.batch_size*ngpus))
-    return t.max_steps if t.max_steps > 0 else math.ceil(t.n_epochs * math.ceil(batches/t.gradient_accumulation_steps))
+def _frozen_parameters(a): return a.layers*_block(a) + _rest(a)
 
 # %% ../nbs/10_estimate.ipynb #fcf1f4b4
 def _widths(c, gpu): # bytes of a number: as stored, as computed with
@@ -162,13 +155,13 @@ def memory_parts(
         'saving and evaluation': max(0, _outside(c, a, p, shards, stored, tokens, width, gpu) - inside)}.items()}
 
 # %% ../nbs/10_estimate.ipynb #5dfb5387
-def _forward(a, blocks, length): return blocks*(4*a.D*(a.q + a.kv) + 6*a.D*a.ffn + 4*length*a.q) # operations a token
+def _forward(a, blocks, length): return blocks*(2*_linear(a) + 4*length*a.q) # operations a token
 
-def _unembedding(c, a, p, ahead): # operations a token: all heads' products with the unembedding
+def _unembedding(c, a, p): # operations a token: all heads' products with the unembedding
     full = c.model.tuning == 'full'
     if c.pipeline == 'critic': products = 2+full if c.critic.lm_weight else 1 if c.critic.head == 'surprise' else 0
     else: products = p.heads*(2 + full + (c.pipeline == 'rho1'))
-    return 2*a.vocab*a.D*products + ahead
+    return 2*a.vocab*a.D*products
 
 def flops_per_token(
     c, # A config as attributes
@@ -183,7 +176,7 @@ def flops_per_token(
     if t.gradient_checkpointing: back += one
     ahead = p.blocks*one if c.pipeline == 'rho1' and t.gradient_accumulation_steps*ngpus > 1 else 0
     beside = _forward(other, other.layers, length) + 2*other.vocab*other.D if other else 0
-    return p.blocks*one + p.trained_blocks*back + _unembedding(c, a, p, ahead) + beside
+    return p.blocks*one + p.trained_blocks*back + _unembedding(c, a, p) + ahead + beside
 
 # %% ../nbs/10_estimate.ipynb #cb7c3b52
 _SIZES = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'cpu_threads')
@@ -278,7 +271,7 @@ def estimate(
     c = _attributes(config)
     a = architecture(c.model)
     if a is None or c.pipeline == 'evaluation': return None
-    p, memory, steps = count_parameters(c, a), memory_parts(c, a, ngpus, gpu), count_steps(c, ngpus)
+    p, memory, steps = count_parameters(c, a), memory_parts(c, a, ngpus, gpu), total_steps(c.data_sampling.n_samples, c.training, ngpus)
     seconds, basis = (measured, 'measured: a run of the same sizes') if measured else _step_seconds(c, a, ngpus, gpu)
     hours = seconds*steps/3600*(2 if c.pipeline == 'critic' and c.critic.blind_yardstick else 1)
     how = f'extrapolated: {f"{a.name} on a GPU" if gpu else "this model"} by the formula that fits measured peaks of micro models on a CPU, all sequences {c.dataset.max_length} long'

@@ -11,10 +11,10 @@ from html import escape
 
 import ipywidgets as widgets
 
-from .config import PIPELINES, UserError, config_keys, load_site, project_root, read_json
+from .config import PIPELINES, UserError, config_keys, load_site, read_json
 from .launch import Run, new_run
 from .plan import DEFAULTS, PLACES, estimate_rows, make_plan
-from .records import FINAL, read_record, short_path
+from .records import FINAL, best_checkpoint, read_record, read_records
 from .targets import run_yaml_text
 
 # %% ../nbs/14_form.ipynb #cc7f6756
@@ -83,29 +83,16 @@ class RunView:
         display(self.widget)
 
 # %% ../nbs/14_form.ipynb #da665871
-def _records(): # newest first, with folder
-    found = []
-    for folder in (project_root()/'runs').glob('*/'):
-        try: found.append((read_record(folder), folder))
-        except UserError: pass
-    return sorted(found, key=lambda rf: rf[0].get('created') or '', reverse=True)
-
 def found_checkpoints(
     target:str, # vessl or local
-    pipeline:str='critic', # Who made them
 )->list[str]: # Newest first
-    "Best checkpoints of completed runs, as records know them."
-    out = []
-    for record, folder in _records():
-        if (record.get('status'), record.get('target'), (record.get('request') or {}).get('pipeline')) != ('completed', target, pipeline): continue
-        try: best = f"{record['plan']['resolved']['checkpoint']['save_dir']}/checkpoint_best.pt" if target == 'vessl' else read_json(folder/'result.json')['checkpoints']['best']
-        except (KeyError, UserError): continue
-        out.append(short_path(best))
-    return list(dict.fromkeys(out))
+    "Best checkpoints of critics that completed, as records know them."
+    def is_one(r): return (r.get('status'), r.get('target'), (r.get('request') or {}).get('pipeline')) == ('completed', target, 'critic')
+    return list(dict.fromkeys(best for folder, r in read_records() if is_one(r) and (best := best_checkpoint(folder, r))))
 
 def unfinished()->list[str]: # Names of records, newest first
     "Runs that have not come to their end."
-    return [folder.name for record, folder in _records() if record.get('status') not in (*FINAL, 'planned')]
+    return [folder.name for folder, r in read_records() if r.get('status') not in (*FINAL, 'planned')]
 
 # %% ../nbs/14_form.ipynb #553c2559
 _STYLE = {'description_width': '13em'}
@@ -138,7 +125,7 @@ def _yaml_details(plan): # folded, not to fill the page
 class LaunchForm:
     "Fill in a request, see its plan, launch it, watch it. `LaunchForm(pipeline='rho1', ngpus=4)` starts filled in."
     def __init__(self, **request):
-        self.fields, self.view = _fields(), None
+        self.fields, self.view, self.views = _fields(), None, {}
         for k, v in request.items():
             if k not in self.fields: raise UserError(f"The form has no field '{k}': it has {', '.join(self.fields)}.")
             self.fields[k].value = '\n'.join(v) if k == 'overrides' and not isinstance(v, str) else v if k in ('ngpus', 'dry_run') else str(v)
@@ -164,18 +151,18 @@ class LaunchForm:
         self.key.value = self.new_value.value = ''
 
     def _opener(self): # any record, to look at
-        names = [folder.name for _, folder in _records()]
-        self.records = widgets.Dropdown(description='open a run', options=['', *names], style=_STYLE, layout=_wide())
+        self.records = widgets.Dropdown(description='open a run', style=_STYLE, layout=_wide())
         self.records.observe(lambda change: change['new'] and self.open(change['new']), 'value')
+        self._list_records()
         return self.records
+
+    def _list_records(self): self.records.options = ['', *(folder.name for folder, _ in read_records())]
 
     def open(self, name:str)->RunView:
         "Show a run below the form; once only."
-        shown = {v.run.name: v for v in getattr(self, 'views', [])}
-        if name in shown: return shown[name]
-        self.view = RunView(name)
-        self.views = [self.view, *shown.values()]
-        self.runs.children = [v.widget for v in self.views]
+        if name not in self.views: self.views = {name: RunView(name), **self.views}
+        self.view = self.views[name]
+        self.runs.children = [v.widget for v in self.views.values()]
         return self.view
 
     @property
@@ -214,7 +201,7 @@ class LaunchForm:
     def _done(self, run, error):
         self.button.disabled, self.told.value = False, _words(error) if error else _words(f'recorded as {run.name}', '#888')
         if run is None: return
-        self.records.options = ['', *(folder.name for _, folder in _records())]
+        self._list_records()
         self.open(run.name)
 
     def _ipython_display_(self):

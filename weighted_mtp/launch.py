@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from .config import UserError, load_site, nearest, project_root, read_json, to_yaml
 from .plan import CRITIC, DEFAULTS, Plan, check_request, estimate_rows, make_plan, split_overrides, yaml_value
-from .records import FINAL, in_papermill, keep_notebook, load_record, new_record, read_record, record_folder, request_notebook, short_path
+from .records import (FINAL, best_checkpoint, in_papermill, keep_notebook, load_record, new_record, read_record, read_records, record_folder,
+                                  request_notebook, short_path)
 from .targets import TARGETS, VesslTarget, log_tail, run_yaml_text
 from .vessl_client import VesslError
 
@@ -214,13 +215,11 @@ def _essence(plan): # what a plan does; warnings come and go
     return {k: v for k, v in plan.items() if k not in ('warnings', 'blockers')}
 
 def _earlier(plan): # the newest record in which this very plan was carried out, or is
-    def counts(folder):
-        record = read_record(folder)
-        if _essence(record.get('plan') or {}) != _essence(plan.to_dict()): return None
-        if record['status'] == 'completed' and (plan.target == 'vessl' or (folder/'result.json').is_file()): return record['created']
-        return record['created'] if record['status'] not in (*FINAL, 'planned') else None
-    found = {f: when for f in (project_root()/'runs').glob('*/') if (f/'record.json').is_file() and (when := counts(f))}
-    return max(found, key=found.get, default=None)
+    def counts(folder, record):
+        if _essence(record.get('plan') or {}) != _essence(plan.to_dict()): return False
+        if record['status'] == 'completed': return bool(best_checkpoint(folder, record))
+        return record['status'] not in (*FINAL, 'planned')
+    return next((fr for fr in read_records() if counts(*fr)), None)
 
 def _with_checkpoint(request, made): # a request with what earlier stages made
     given = [str(o).split('=')[0] for o in split_overrides(request.get('overrides'))]
@@ -229,15 +228,11 @@ def _with_checkpoint(request, made): # a request with what earlier stages made
             request = {**request, 'overrides': [*split_overrides(request.get('overrides')), f'{key}={yaml_value(path)}']}
     return request
 
-def _best(run): # the checkpoint that a finished run leaves to the next
-    record = run.record()
-    if record['target'] == 'vessl': return make_plan(**record['request']).checkpoint # on the cluster's volume
-    return short_path(record['result']['checkpoints']['best'])
-
 def _stage(request, skip): # the run of one stage, and what to say of it
     plan = make_plan(**request)
-    if (plan.target == 'vessl') if skip is None else skip:
-        if earlier := _earlier(plan): return Run(earlier), f": {read_record(earlier)['status']} in {earlier.name}, from {read_record(earlier)['created'][:16]}"
+    if ((plan.target == 'vessl') if skip is None else skip) and (earlier := _earlier(plan)):
+        folder, record = earlier
+        return Run(folder), f": {record['status']} in {folder.name}, from {record['created'][:16]}"
     return None, ''
 
 def _carried_out(request, run, progress): # the run that did a stage
@@ -266,9 +261,9 @@ def workflow(
         try: run = _carried_out(r, run, progress)
         except UserError as e: raise UserError(f"Stage {i} of {len(requests)} ({r['pipeline']}) did not complete, so the rest was not started.\n{e}") from None
         runs.append(run)
-        if r['pipeline'] in HANDED_ON and run.status() == 'completed':
+        if r['pipeline'] in HANDED_ON and (best := best_checkpoint(run.folder, run.record())):
             user, key = HANDED_ON[r['pipeline']]
-            made.setdefault(user, {})[key] = _best(run)
+            made.setdefault(user, {})[key] = best
     return runs
 
 # %% ../nbs/13_launch.ipynb #dbae29d7

@@ -18,10 +18,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, known_secrets, load_config, load_env, load_site, nearest,
-                                 project_root, read_json, redact, vessl_tokens)
+                                 project_root, redact, vessl_tokens)
 from .estimate import Estimate, estimate, measured_step
-from .records import git_state, on_remote, short_path
-from .targets import INLINE, run_yaml_text
+from .records import git_state, on_remote, read_records, short_path
+from .targets import INLINE
 
 # %% ../nbs/13_plan.ipynb #8213201c
 DEFAULTS = dict(pipeline=None, ngpus=None, batch_size=None, grad_accum=None, critic_checkpoint=None, effective_batch=None, overrides=(),
@@ -159,11 +159,7 @@ def has_code(
     return (Path(weighted_mtp.__file__).parent/'pipelines'/f'run_{pipeline}.py').is_file()
 
 def _critic_finished(): # a record shows a critic trained to its end
-    for folder in (project_root()/'runs').glob('*/'):
-        try: record = read_json(folder/'record.json')
-        except UserError: continue
-        if record.get('status') == 'completed' and (record.get('request') or {}).get('pipeline') == 'critic': return True
-    return False
+    return any(r.get('status') == 'completed' and (r.get('request') or {}).get('pipeline') == 'critic' for _, r in read_records())
 
 def _local_troubles(r, config):
     if not has_code(r['pipeline']):
@@ -182,15 +178,11 @@ def _vessl_troubles(r, file):
     if Path(file).is_absolute(): yield f"{file} lies outside the project, so the cluster does not have it: put it under configs/."
 
 # %% ../nbs/13_plan.ipynb #5726b4eb
-_looked = {} # what git said, by project
-
-def _code_state(): # asked at most every few seconds: a form asks on each key press
-    root = project_root()
-    if time.monotonic() - _looked.get(root, (-9.,))[0] > 3: _looked[root] = (time.monotonic(), git_state(root), on_remote(root))
-    return _looked[root][1:]
+@lru_cache(1)
+def _code_state(root, when): return git_state(root), on_remote(root) # a form asks on each key press
 
 def _code_warnings(site): # the cluster clones: it does not see what lies here
-    state, pushed = _code_state()
+    state, pushed = _code_state(project_root(), time.monotonic()//3)
     if state['dirty']: yield f"The working tree has changes that are not committed: the cluster runs git ref {site.git_ref} without them."
     if state['commit'] and not pushed: yield f"Commit {state['commit'][:8]} is on no remote branch: push it, or the cluster runs older code."
 
@@ -270,8 +262,6 @@ class Plan:
 
     @property
     def command_line(self)->str: return shlex.join(self.command)
-    @property
-    def checkpoint(self)->str: return f"{self.resolved['checkpoint']['save_dir']}/checkpoint_best.pt" # where its best will lie
     def to_dict(self)->dict: return asdict(self)
     def estimate(self)->Estimate|None:
         "Memory, time and cost; None where the architecture is not known. Not part of the plan: records of other runs make it better."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'FINAL', 'VANISHED', 'COLUMNS', 'now', 'update_record', 'versions', 'git_state', 'on_remote',
            'request_notebook', 'in_papermill', 'papermill_output', 'short_path', 'keep_notebook', 'new_record', 'alive',
-           'record_folder', 'read_record', 'load_record', 'list_records', 'compare_records']
+           'record_folder', 'read_record', 'load_record', 'read_records', 'best_checkpoint', 'list_records',
+           'compare_records']
 
 # %% ../nbs/11_records.ipynb #4ada2d5c
 import atexit, json, os, platform, shutil, subprocess, time
@@ -199,6 +200,25 @@ def load_record(
     folder = record_folder(folder)
     result = folder/'result.json'
     return {**read_record(folder), **({'result': read_json(result)} if result.is_file() else {})}
+
+# %% ../nbs/11_records.ipynb #f7a3f0b3
+def read_records():
+    "Yield folder and record of every record that can be read, newest first, without their results."
+    found = []
+    for folder in (project_root()/'runs').glob('*/'):
+        try: found.append((folder, read_record(folder)))
+        except UserError: pass # torn, or no record
+    yield from sorted(found, key=lambda fr: fr[1].get('created') or '', reverse=True)
+
+def best_checkpoint(
+    folder, # A record
+    record:dict, # `read_record` of it
+)->str|None: # From the project's root; None where the run left none
+    "The best checkpoint of a run: as the run says, or on VESSL, whose volume cannot be seen from here, as its plan says."
+    try:
+        if record['target'] == 'vessl': return f"{record['plan']['resolved']['checkpoint']['save_dir']}/checkpoint_best.pt"
+        return short_path(read_json(Path(folder)/'result.json')['checkpoints']['best'])
+    except (UserError, KeyError): return None
 
 # %% ../nbs/11_records.ipynb #f3cc3918
 COLUMNS = ('name', 'pipeline', 'ngpus', 'target', 'status', 'created', 'minutes', 'effective_batch', 'metrics', 'mlflow_run_id')

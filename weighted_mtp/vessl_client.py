@@ -88,8 +88,7 @@ def _page(vessl, id):
     return f"{WEB_HOST}/{where['organization_name']}/runs/{where['project_name']}/{id}"
 
 def _facts(vessl, run):
-    return dict(id=_present(run.id, 'run id'), status=_present(run.status, 'status'), reason=run.status_reason or '', created=str(run.create_dt or ''), title=getattr(run.run_spec, 'title', None) or '',
-                url=_page(vessl, run.id))
+    return dict(id=_present(run.id, 'run id'), status=_present(run.status, 'status'), reason=run.status_reason or '', url=_page(vessl, run.id))
 
 def _submit(vessl, text):
     answer = vessl.vessl_api.run_spec_create_from_yamlapi(**_where(vessl), run_spec_create_from_yamlapi_input={'yaml_spec': text})

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 
+from weighted_mtp.launch import _last_words
+
 ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
@@ -146,7 +148,7 @@ def test_one_process_goes_on_where_two_were(root, pipeline, strategy):
         if 'loss' in k: assert one['metrics'][k] == pytest.approx(w, rel=1e-3), k # Adam amplifies rounding: close, not equal
 
 FAIL = '''
-import sys
+import os, sys
 from weighted_mtp.config import UserError
 from weighted_mtp.policies import PolicyObjective, run_policy
 from weighted_mtp.training import is_main, pipeline_main
@@ -155,21 +157,24 @@ class Failing(PolicyObjective):
     seen = 0
     def loss(self, *a):
         self.seen += 1
-        if self.seen == 4 and not is_main(): raise KIND('planted failure of rank 1')
+        if self.seen == 4 and not is_main(): KIND
         return super().loss(*a)
 p.OBJECTIVES['baseline'] = Failing
 pipeline_main('baseline', run_policy)
 '''
 
-@pytest.mark.parametrize('kind', ['UserError', 'RuntimeError'])
+@pytest.mark.parametrize('kind', ['UserError', 'RuntimeError', 'os.abort()'])
 def test_failing_rank_ends_the_job_with_its_own_error_first(root, tmp_path, kind):
-    (tmp_path/'fail.py').write_text(FAIL.replace('KIND', kind))
+    (tmp_path/'fail.py').write_text(FAIL.replace('KIND', f"raise {kind}('planted failure of rank 1')" if 'Error' in kind else kind))
     words = [w for o in (*SMALL, f'checkpoint.save_dir={tmp_path}/ckpt', 'training.max_steps=500') for w in ('--override', o)]
     os.environ['WMTP_RUN_DIR'] = str(tmp_path)
     try:
         done = shell(root, str(tmp_path/'fail.py'), '--config', 'configs/baseline/baseline_micro.yaml', *words, n=2, timeout=120)
     finally: del os.environ['WMTP_RUN_DIR']
     assert done.returncode != 0
+    if kind == 'os.abort()': # it left no word of its own
+        assert _last_words(done.stderr.splitlines())[-1] == 'The process of rank 1 ended first, with exit code -6 (SIGABRT)', done.stderr
+        return
     errors = [l for l in done.stderr.splitlines() if 'Error' in l]
     assert 'planted failure of rank 1' in errors[0], errors
     assert (tmp_path/'error.txt').read_text().endswith('planted failure of rank 1')

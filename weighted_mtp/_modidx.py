@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'weighted_mtp.launch._earlier': ('launch.html#_earlier', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._essence': ('launch.html#_essence', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._failure': ('launch.html#_failure', 'weighted_mtp/launch.py'),
+                                     'weighted_mtp.launch._last_words': ('launch.html#_last_words', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._live_kernel': ('launch.html#_live_kernel', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._stage': ('launch.html#_stage', 'weighted_mtp/launch.py'),
                                      'weighted_mtp.launch._vessl_failure': ('launch.html#_vessl_failure', 'weighted_mtp/launch.py'),

@@ -6,7 +6,7 @@
 __all__ = ['HANDED_ON', 'outcome', 'Progress', 'Run', 'new_run', 'launch', 'relaunch', 'workflow', 'notebook_request']
 
 # %% ../nbs/13_launch.ipynb #b31af45f
-import json, sys, time
+import json, re, sys, time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +25,19 @@ def _failure(folder, record): # the message of a run that did not complete
     if record['target'] == 'vessl': return _vessl_failure(folder, record)
     name, code, log = record['name'], record.get('exit_code'), folder/'log.txt'
     if record['status'] == 'stopped': return f"Run {name} was stopped. Its log: {short_path(log)}"
-    lines, own = log_tail(folder, 40), folder/'error.txt' # what the process that failed first left; the log's end may be torchrun's
-    start = max((i for i, line in enumerate(lines) if line.startswith('Traceback ')), default=None)
-    said = own.read_text(encoding='utf-8').splitlines() if own.is_file() else lines[-6:] if start is None else lines[-1:] # of a traceback only what it comes to
+    own = folder/'error.txt' # left by the process that failed first
+    said = own.read_text(encoding='utf-8').splitlines() if own.is_file() else _last_words(log_tail(folder, 80))
     why = record.get('note') or (f"killed by signal {-code}{': often a sign of too little memory' if code == -9 else ''}" if code and code < 0 else f'exit code {code}')
     return '\n'.join([f"Run {name} failed ({why}).", *said, f"Its log: {short_path(log)}"])
+
+_FELL_FIRST = re.compile(r'Root Cause.*? rank +: (\d+).*? exitcode +: (-?\d+) \(pid: \d+\) ?(\S*)', re.S) # in torchrun's report
+
+def _last_words(lines): # of a log's end: what a traceback comes to; if it is torchrun's, who fell first and what was said before
+    start = next((i for i, line in enumerate(lines) if line.startswith('Traceback ')), None)
+    if first := _FELL_FIRST.search('\n'.join(lines)):
+        own = [line for line in lines[:start] if not re.match(r'[IWE]\d{4} ', line)] # not torchrun's
+        return [*own[-6:], f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
+    return lines[-6:] if start is None else lines[-1:]
 
 def _vessl_failure(folder, record):
     page = record['ids'].get('url')

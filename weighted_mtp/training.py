@@ -10,7 +10,7 @@ __all__ = ['BEST', 'FINAL', 'FREE', 'training_arguments', 'lr_factor', 'ByLength
            'pipeline_main']
 
 # %% ../nbs/07_training.ipynb #dc50deb8
-import argparse, json, math, os, random, signal, sys, tempfile, threading, time, uuid
+import argparse, faulthandler, json, math, os, random, signal, sys, tempfile, threading, time, uuid
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -520,6 +520,7 @@ def pipeline_main(
     p.add_argument('--config', required=True, help=f'YAML file, such as configs/{pipeline}/{pipeline}_micro.yaml')
     p.add_argument('--override', action='append', default=[], metavar='KEY=VALUE', help='change one config key, such as training.batch_size=8; may be repeated')
     a = p.parse_args(argv)
+    faulthandler.enable(sys.__stderr__) # a crash below Python leaves in the log where it was
     if not is_main(): sys.stdout = open(os.devnull, 'w')
     try:
         config = load_config(a.config, a.override)

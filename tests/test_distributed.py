@@ -173,7 +173,8 @@ def test_failing_rank_ends_the_job_with_its_own_error_first(root, tmp_path, kind
     finally: del os.environ['WMTP_RUN_DIR']
     assert done.returncode != 0
     if kind == 'os.abort()': # it left no word of its own
-        assert _last_words(done.stderr.splitlines())[-1] == 'The process of rank 1 ended first, with exit code -6 (SIGABRT)', done.stderr
+        said = _last_words(done.stderr.splitlines())
+        assert 'Aborted' in said[0] and any('fail.py' in line for line in said) and said[-1] == 'The process of rank 1 ended first, with exit code -6 (SIGABRT)', done.stderr
         return
     errors = [l for l in done.stderr.splitlines() if 'Error' in l]
     assert 'planted failure of rank 1' in errors[0], errors

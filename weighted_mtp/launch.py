@@ -30,13 +30,14 @@ def _failure(folder, record): # the message of a run that did not complete
     why = record.get('note') or (f"killed by signal {-code}{': often a sign of too little memory' if code == -9 else ''}" if code and code < 0 else f'exit code {code}')
     return '\n'.join([f"Run {name} failed ({why}).", *said, f"Its log: {short_path(log)}"])
 
-_FELL_FIRST = re.compile(r'Root Cause.*? rank +: (\d+).*? exitcode +: (-?\d+) \(pid: \d+\) ?(\S*)', re.S) # in torchrun's report
+_FELL_FIRST = re.compile(r'Root Cause.*? rank +: (\d+).*? exitcode +: (-?\d+) \(pid: \d+\) *(\S*)', re.S) # in torchrun's report
 
 def _last_words(lines): # of a log's end: what a traceback comes to; if it is torchrun's, who fell first and what was said before
     start = next((i for i, line in enumerate(lines) if line.startswith('Traceback ')), None)
     if first := _FELL_FIRST.search('\n'.join(lines)):
         own = [line for line in lines[:start] if not re.match(r'[IWE]\d{4} ', line)] # not torchrun's
-        return [*own[-6:], f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
+        crash = next((i for i, line in enumerate(own) if line.startswith('Fatal Python error')), None) # Python's, with the stack
+        return [*(own[-6:] if crash is None else own[crash:crash+8]), f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
     return lines[-6:] if start is None else lines[-1:]
 
 def _vessl_failure(folder, record):

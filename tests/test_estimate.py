@@ -34,8 +34,9 @@ def status(key): return int(next(l for l in open('/proc/self/status') if l.start
 def train(config, length): # a run from backbone to checkpoint, on made-up samples as long as allowed
     import torch
     from weighted_mtp.critic import CriticObjective
-    from weighted_mtp.data import PairDataset, Sample, SolutionDataset
+    from weighted_mtp.data import Sample
     from weighted_mtp.policies import OBJECTIVES
+    from weighted_mtp.sampling import PairDataset, SolutionDataset
     from weighted_mtp.training import fit, load_parts
     tokenizer, backbone = load_parts(config)
     objective = {'critic': CriticObjective, **OBJECTIVES}[config.pipeline](config, tokenizer, backbone)

@@ -109,6 +109,7 @@ class Dataset:
     max_length: int = 2048 # Prompt and response together, in tokens
     embedded: bool = False # Make the embedded default in the folder of `train` if it is not there
     n_problems: int|None = None # Embedded default: training problems (null: the generator's default)
+    too_long: str = 'truncate' # Solutions over max_length: truncate (they then have no end) or drop
     blind: bool = False # Leave the problem out of the prompt: the yardstick a critic has to beat
 
 @dataclass
@@ -120,6 +121,7 @@ class DataSampling:
     length_balanced: bool = True # Match a pair within one length bin: length must not give the answer away
     difficulty_bins: list[list[int]] = field(default_factory=lambda: [[1, 7], [8, 15], [16, 25]]) # Inclusive; 0 (unknown) is left out
     difficulty_weights: list[float] = field(default_factory=lambda: [1., 1., 1.]) # Share of each bin, before normalising
+    curriculum: list[list[float]] = field(default_factory=list) # difficulty_weights by epoch, the last one for all that follow; empty: the same in all
 
 # %% ../nbs/00_config.ipynb #8fe80302
 @dataclass
@@ -223,7 +225,7 @@ class Config:
 # %% ../nbs/00_config.ipynb #c1793ec0
 PIPELINES = ('critic', 'verifiable', 'baseline', 'rho1', 'ntp', 'ref_tuning', 'evaluation')
 CHOICES = {'pipeline': PIPELINES,
-    'model.tuning': ('lora', 'frozen', 'full'), 'model.dtype': ('bfloat16', 'float32'),
+    'dataset.too_long': ('truncate', 'drop'), 'model.tuning': ('lora', 'frozen', 'full'), 'model.dtype': ('bfloat16', 'float32'),
     'critic.head': ('linear', 'sigmoid', 'mlp', 'surprise'), 'critic.value_loss': ('mse', 'huber'),
     'training.td_lambda_schedule': ('constant', 'linear', 'cosine'),
     'training.rho1_mode': ('signed', 'absolute', 'difficult'),
@@ -282,8 +284,9 @@ def _relations(config): # values that are possible alone but not together
                "give one weight a bin.")
     if any(len(b) != 2 or b[0] > b[1] for b in s.difficulty_bins):
         yield "data_sampling.difficulty_bins: each bin is [lowest, highest], such as [1, 7]."
-    if any(w < 0 for w in s.difficulty_weights) or not sum(s.difficulty_weights) > 0:
-        yield "data_sampling.difficulty_weights: none below 0 and not all 0."
+    for key, w in (('difficulty_weights', s.difficulty_weights), *((f'curriculum[{i}]', w) for i, w in enumerate(s.curriculum))):
+        if key != 'difficulty_weights' and len(w) != len(s.difficulty_bins): yield f"data_sampling.{key} has {len(w)} weights and difficulty_bins {len(s.difficulty_bins)} bins: give one weight a bin."
+        if any(x < 0 for x in w) or not sum(w) > 0: yield f"data_sampling.{key}: none below 0 and not all 0."
     if config.pipeline == 'critic' and not (c.pairwise_weight or c.value_weight):
         yield "critic.pairwise_weight and critic.value_weight are both 0: there is nothing to train."
     if config.model.hidden_size % config.model.n_heads:

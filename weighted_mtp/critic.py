@@ -16,10 +16,11 @@ from sklearn.metrics import roc_auc_score
 from transformers import set_seed
 
 from .config import UserError, apply_overrides
-from .data import KINDS, collate_pairs, encode_solutions, load_pairs, read_solutions, vocabulary_id
+from .data import KINDS, collate_pairs, encode_solutions, read_solutions, vocabulary_id
 from .losses import pairwise_loss, value_loss
 from .models import build_value_model
 from .report import critic_picture, write_page
+from .sampling import load_pairs
 from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import lambda_returns, lambda_schedule, td_errors
 
@@ -89,7 +90,7 @@ class CriticObjective:
     def __init__(self, config, tokenizer, backbone):
         d, c = config.dataset, config.critic
         self.config, self.tokenizer = config, tokenizer
-        load = lambda path, n: load_pairs(path, self.tokenizer, n, config.data_sampling, d.max_length, d.blind)
+        load = lambda path, n: load_pairs(path, tokenizer, n, config)
         self.data = load(d.train, config.data_sampling.n_samples)
         self.splits = {k: load(p, config.data_sampling.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")

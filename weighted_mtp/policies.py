@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from transformers import AutoTokenizer
 
 from .config import UserError
-from .data import collate_solutions, load_solutions, vocabulary_id
+from .data import collate_solutions, vocabulary_id
 from .losses import mtp_counts
 from .models import build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
 from .report import weights_picture, write_page
+from .sampling import load_solutions
 from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import RunningMoments, advantage_weights, by_source, gae_advantages, select_tokens, selected_count
 
@@ -31,7 +32,7 @@ class PolicyObjective:
     def __init__(self, config, tokenizer, backbone):
         m, d, s = config.model, config.dataset, config.data_sampling
         self.config, self.tokenizer, self.n = config, tokenizer, m.n_future_tokens
-        load = lambda path, n: load_solutions(path, tokenizer, n, s, d.max_length)
+        load = lambda path, n: load_solutions(path, tokenizer, n, config)
         self.data = load(d.train, s.n_samples)
         self.splits = {k: load(p, s.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
@@ -239,7 +240,8 @@ def run_policy(
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
         if config.pipeline == 'verifiable' and record_dir():
-            shown = {s.problem_id: s for s in reversed(objective.splits[split].samples)} # one a problem
+            held_out = objective.splits[split]
+            shown = {s.problem_id: s for s in (held_out[i] for i in range(min(100, len(held_out))))} # one a problem
             result['pictures'].append(str(write_page(''.join(picture_of_weights(objective, s) for s in list(shown.values())[-3:]), record_dir()/'verifiable_tokens.html')))
         print_metrics(result['metrics'])
     return result['metrics']

@@ -71,15 +71,19 @@ def lr_factor(
 class ByLength(Sampler):
     "Steps of similar length, in random order; another order every epoch, the same on every rank. -1 fills the last one up."
     def __init__(self,
-        lengths:list[int], # Tokens of each item
+        lengths, # Tokens of each item
         batch_size:int, # Items of an optimizer step, on all ranks together
         seed:int=0,
-    ): self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-    def __len__(self): return math.ceil(len(self.lengths)/self.batch_size) * self.batch_size
+        epochs=None, # Which items each epoch has, as many in all; the last one is for all that follow (default: all items)
+    ):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.epochs = epochs or [range(len(lengths))]
+    def __len__(self): return math.ceil(len(self.epochs[0])/self.batch_size) * self.batch_size
     def set_epoch(self, epoch): self.epoch = epoch
     def __iter__(self):
-        rng, n, B = random.Random(f'{self.seed} {self.epoch}'), len(self.lengths), self.batch_size
-        order = rng.sample(range(n), n)
+        items = [int(i) for i in self.epochs[min(self.epoch, len(self.epochs)-1)]]
+        rng, n, B = random.Random(f'{self.seed} {self.epoch}'), len(items), self.batch_size
+        order = rng.sample(items, n)
         batches = []
         for i in range(0, n - n%B, 50*B): # sorted fifty batches at a time
             near = sorted(order[i:min(i+50*B, n - n%B)], key=self.lengths.__getitem__)
@@ -127,7 +131,7 @@ class WeightedTrainer(Trainer):
     "`Trainer` for an objective."
     def __init__(self, objective, config, callbacks=(), **kw):
         self.objective, self.config = objective, config
-        super().__init__(model=objective.model, args=training_arguments(config, len(objective.data), objective, **kw),
+        super().__init__(model=objective.model, args=training_arguments(config, len(objective.data.epochs[0]) if hasattr(objective.data, "epochs") else len(objective.data), objective, **kw),
                          train_dataset=objective.data, data_collator=objective.collate, eval_dataset=objective.data, callbacks=list(callbacks))
         self.loss_is_scaled_for_ga = True # `totals` cover the whole step
         self._shares, self._stats, self._logged_step, self.last_metrics, self.evaluated_at = {}, {}, 0, {}, None
@@ -160,7 +164,7 @@ class WeightedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None): # batches of similar length, in an order that the seed fixes
         lengths = getattr(self.train_dataset, 'lengths', None)
         if lengths is None: return super()._get_train_sampler(train_dataset)
-        return ByLength(lengths, self.args.train_batch_size*self.args.gradient_accumulation_steps*self.args.world_size, self.args.data_seed)
+        return ByLength(lengths, self.args.train_batch_size*self.args.gradient_accumulation_steps*self.args.world_size, self.args.data_seed, getattr(self.train_dataset, 'epochs', None))
 
     def create_optimizer(self, model=None):
         "AdamW with a learning rate of its own for the value head, and no weight decay on norms and biases."

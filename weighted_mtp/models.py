@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BackboneConfig', 'BackboneModel', 'MTPConfig', 'MTPOutput', 'MTPForCausalLM', 'token_surprise', 'ValueHead',
            'ValueConfig', 'ValueOutput', 'ValueModel', 'add_lora', 'load_backbone', 'build_policy', 'build_value_model',
-           'trained_state', 'save_checkpoint', 'read_checkpoint', 'load_value_model', 'load_policy']
+           'trained_state', 'save_checkpoint', 'read_checkpoint', 'load_value_model', 'load_policy',
+           'load_meta_checkpoint', 'convert_meta', 'export_backbone']
 
 # %% ../nbs/03_models.ipynb #d660dca3
-import copy
+import copy, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaTokenizerFast, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from .config import UserError
 from .losses import mtp_loss, mtp_token_cross_entropy
+from .meta_format import converted, open_release, our_name, shards
 
 # %% ../nbs/03_models.ipynb #fe21bba8
 class BackboneConfig(PreTrainedConfig):
@@ -318,3 +322,69 @@ def load_policy(
     c, config = _described(path, MTPForCausalLM, 'policy')
     if c.get('complete', True): return _filled(path, MTPForCausalLM(config), c)
     return _filled(path, build_policy(backbone or load_backbone(c['backbone']), config.n_future_tokens, 'lora' if config.lora else 'full', config.lora), c)
+
+# %% ../nbs/03_models.ipynb #3264a395
+def _meta_config(facts, n): # of a release
+    config = LlamaConfig(**{k: v for k, v in facts.items() if k not in ('rope_theta', 'dtype')}, rope_parameters=dict(rope_type='default', rope_theta=facts['rope_theta']),
+                         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    return MTPConfig(backbone_config=config, n_future_tokens=n, dtype=facts['dtype'])
+
+def load_meta_checkpoint(
+    folder, # With Meta's consolidated.pth and params.json
+)->MTPForCausalLM: # In the file's dtype
+    "A model of Meta's release (github.com/facebookresearch, `facebook/multi-token-prediction`). Raises `UserError` naming file, tensor or entry."
+    state, (facts, n) = open_release(folder)
+    with torch.device('meta'): model = MTPForCausalLM(_meta_config(facts, n))
+    model.load_state_dict({our_name(k): converted(k, t, facts) for k, t in state.items() if our_name(k)}, assign=True)
+    decoder = model.backbone.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(model.backbone.config) # its buffer is in no checkpoint
+    return model.eval()
+
+def convert_meta(
+    folder, # With Meta's consolidated.pth and params.json, and tokenizer.model there or one above
+    out, # Folder to make
+    shard_bytes:int=2 << 30, # Size of a file
+)->Path:
+    "Turn a release into safetensors, shard by shard. Raises `UserError` as `load_meta_checkpoint` does."
+    state, (facts, n) = open_release(folder)
+    out, part = Path(out), Path(out).with_name(Path(out).name + '.part') # renamed when complete
+    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    plan, where = shards(state, shard_bytes), {}
+    for i, names in enumerate(tqdm(plan, desc='converting', unit='shard', leave=False), 1):
+        file = f'model-{i:05d}-of-{len(plan):05d}.safetensors'
+        save_file({our_name(k): converted(k, state[k], facts) for k in names}, part/file, metadata={'format': 'pt'})
+        where |= {our_name(k): file for k in names}
+    size = sum(t.numel()*t.element_size() for k, t in state.items() if our_name(k))
+    (part/'model.safetensors.index.json').write_text(json.dumps(dict(metadata=dict(total_size=size), weight_map=where), indent=1))
+    config = _meta_config(facts, n)
+    config.architectures = ['MTPForCausalLM']
+    config.save_pretrained(part)
+    if spm := next((f for f in (Path(folder)/'tokenizer.model', Path(folder).parent/'tokenizer.model') if f.is_file()), None): _save_tokenizer(spm, part)
+    shutil.rmtree(out, ignore_errors=True); part.replace(out)
+    return out
+
+def _save_tokenizer(spm, folder): # sentencepiece's file as transformers' own
+    try: tokenizer = LlamaTokenizerFast.from_pretrained(str(spm.parent))
+    except Exception as e: raise UserError(f"{spm} cannot be read as a sentencepiece model ({type(e).__name__}).") from None
+    tokenizer.save_pretrained(folder)
+
+# %% ../nbs/03_models.ipynb #70c817f3
+@torch.no_grad()
+def export_backbone(
+    policy:MTPForCausalLM,
+    folder, # To make
+    tokenizer=None, # Saved with it
+)->Path:
+    "Save trunk and head 1 as a plain Hugging Face model."
+    from peft.tuners.lora import LoraLayer
+    state, backbone = policy.backbone.state_dict(), policy.backbone
+    for name, m in backbone.named_modules():
+        if isinstance(m, LoraLayer): state[f'{name}.base_layer.weight'] = m.base_layer.weight + m.get_delta_weight('default').to(m.base_layer.weight.dtype)
+    state = {k.replace('.base_layer.', '.'): v.contiguous() for k, v in state.items() if '.lora_' not in k}
+    with torch.device('meta'): plain = type(backbone)(copy.deepcopy(backbone.config))
+    plain.load_state_dict(state, assign=True, strict=False) # tied weights have two names
+    plain.generation_config = copy.deepcopy(backbone.generation_config)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    if tokenizer: tokenizer.save_pretrained(folder)
+    return Path(folder)

@@ -26,12 +26,12 @@ def corpus_key(
     path, # JSONL file of solutions
     tokenizer,
     blind:bool=False, # Prompts without their problem
-)->str: # 16 hexadecimal digits
-    "Fingerprint of a file, a tokenizer and the template."
+)->str: # Two times twelve hexadecimal digits
+    "Fingerprints of a file, and of a tokenizer with the template."
     with open(path, 'rb') as f: data = hashlib.file_digest(f, 'sha256').hexdigest()
     template = format_prompt('') if blind else format_prompt('{}') + format_prompt('{}', '{}')
-    said = [FORMAT, data, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token, template]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    said = [FORMAT, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token, template]
+    return f'{data[:12]}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]}'
 
 # %% ../nbs/04_corpus.ipynb #c5bcc8fb
 @dataclass
@@ -116,6 +116,8 @@ def _make(path, folder, tokenizer, blind):
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
     write_index(_tokenise(path, part, tokenizer, blind), part/'index.parquet')
     part.replace(folder)
+    for old in folder.parent.iterdir(): # of data that is no more
+        if not old.name.startswith(folder.name.split('-')[0]): shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/04_corpus.ipynb #5f618aa0
 def _mapped(path): return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

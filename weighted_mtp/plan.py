@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, known_secrets, load_config, load_env, load_site, nearest,
-                                 project_root, redact, vessl_tokens)
+                                 project_root, read_json, redact, vessl_tokens)
 from .estimate import Estimate, estimate, measured_step
 from .records import git_state, on_remote, read_records, short_path
 from .targets import INLINE
@@ -281,10 +281,21 @@ def _summary(plan): # rows that a person reads before launching
     for w in plan.warnings: yield 'warning', w
     for b in plan.blockers: yield 'before launching', b
 
+def _data_rows(plan): # what is known of its data
+    d = plan.resolved['dataset']
+    folder = project_root()/Path(d['train']).parent
+    try: facts = read_json(folder/'dataset.json')
+    except UserError:
+        if not d['embedded'] and plan.target == 'local': yield 'data', f"{d['train']} has no statistics here (wmtp-setup data makes a data set with them)"
+        return
+    splits = {k: dict(s, incorrect=s.get('incorrect', s.get('solutions', 0) - s['correct'])) for k, s in facts.get('splits', facts.get('counts', {})).items()}
+    for split, s in splits.items(): yield 'data', f"{split}: {s['problems']:,} problems, {s['correct']:,} correct and {s['incorrect']:,} incorrect solutions"
+
 def estimate_rows(
     plan:Plan,
 ):
-    "Yield label and text: what a plan will take, and what of it is too much."
+    "Yield label and text: the data, what a plan will take, and what of it is too much."
+    yield from _data_rows(plan)
     e = plan.estimate()
     if e is None: yield 'estimate', f"none: the architecture of {plan.resolved['model']['backbone']} is not known here"; return
     for line in str(e).splitlines(): yield line[:16].strip(), line[17:]

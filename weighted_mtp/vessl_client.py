@@ -109,7 +109,11 @@ def _find(vessl, tag):
 def _logs(vessl, id, start, limit):
     return [[line.timestamp, line.message or ''] for line in _present(vessl.list_run_logs(run_id=id, tail=limit, after=start), 'logs')]
 
-_ACTIONS = dict(check=_check, submit=_submit, find=_find, logs=_logs, read=lambda vessl, id: _facts(vessl, vessl.read_run(run_id=id)),
+def _upload(vessl, source, storage, volume, folder):
+    from vessl.storage import upload_volume_file
+    upload_volume_file(source, storage, volume, folder)
+
+_ACTIONS = dict(check=_check, upload=_upload, submit=_submit, find=_find, logs=_logs, read=lambda vessl, id: _facts(vessl, vessl.read_run(run_id=id)),
     stop=lambda vessl, id: dict(id=_present(vessl.terminate_run(run_id=id).id, 'run id')),
     hello=lambda vessl: dict(user=vessl.vessl_api.user.username, **_where(vessl)))
 
@@ -169,7 +173,7 @@ class VesslClient:
     def __init__(self): self.child, self.lock, self.key = None, threading.Lock(), None
 
     def ask(self,
-        action:str, # hello, check, submit, find, read, logs, stop
+        action:str, # hello, check, submit, find, read, logs, stop, upload
         wait:float=30., # Seconds; then the child is killed
         **args, # Of the question
     ): # What VESSL answered

@@ -1,0 +1,244 @@
+"""Data sets and models from the hub's own client, from files and into S3; the hub is a stand-in on loopback, S3 is moto."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pyarrow as pa, pyarrow.parquet as pq, pytest, torch
+
+from hub_service import Hub
+from test_remote import Server
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent/'shared/data'
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f'{SHARED} is not there')
+
+def setup(folder, *words, code=0, timeout=300, **env):
+    done = subprocess.run([sys.executable, '-c', 'import sys; from weighted_mtp.storage import wmtp_setup; sys.exit(wmtp_setup())', *words], cwd=folder, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, 'PYTHONPATH': str(REPO), 'HF_HOME': str(folder/'hf'), 'HF_ENDPOINT': 'http://127.0.0.1:9', 'AWS_DEFAULT_REGION': 'eu-north-1', **env})
+    assert done.returncode == code, done.stdout + done.stderr[-3000:]
+    return done
+
+@pytest.fixture
+def here(tmp_path):
+    (tmp_path/'settings.ini').write_text((REPO/'settings.ini').read_text()) # a project
+    return tmp_path
+
+def parquet(rows):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+def questions(n, start=0): return [dict(question=f'What is {i} + 1?', answer=f'It is <<{i}+1={i+1}>>.\n#### {i+1}') for i in range(start, start+n)]
+
+@pytest.fixture
+def hub():
+    files = {'main/train-00000-of-00001.parquet': parquet(questions(3000)), 'main/test-00000-of-00001.parquet': parquet(questions(50, 3000)), 'socratic/train-00000-of-00001.parquet': b'', 'README.md': b'x'}
+    with Hub({'openai/gsm8k': files, 'princeton-nlp/Sheared-LLaMA-2.7B': {}}, token='hf_a-token-that-shows-nowhere', gated=['princeton-nlp/Sheared-LLaMA-2.7B']) as h: yield h
+
+TRAIN = 'main/train-00000-of-00001.parquet'
+
+def test_from_the_hub(here, hub):
+    out = setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url).stdout
+    facts = json.loads((here/'storage/datasets/gsm8k/dataset.json').read_text())
+    assert facts['revision'] == 'a'*40 and facts['splits']['test']['problems'] == 50
+    assert facts['splits']['train']['problems'] + facts['splits']['validation']['problems'] == 3000 and facts['splits']['validation']['problems'] > 100
+    assert '50 problems' in out and not [p for _, p, _ in hub.requests if 'socratic' in p or 'README' in p]
+    before = len(hub.requests)
+    setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url)
+    assert [p for _, p, _ in hub.requests[before:] if 'resolve' in p] == [] # nothing is fetched twice
+    assert setup(here, 'verify').stdout.count('ok ') == 3
+
+def test_download_goes_on_where_it_was_cut(here, hub):
+    whole = hub.repos['openai/gsm8k'][TRAIN]
+    hub.cut[TRAIN] = 10_000 # the connection breaks: the same process goes on
+    setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url)
+    file = here/'storage/downloads/gsm8k'/TRAIN
+    assert file.read_bytes() == whole and ('GET', f'/datasets/openai/gsm8k/resolve/{"a"*40}/{TRAIN}', 'bytes=10000-') in hub.requests
+    file.unlink(); file.with_name(file.name + '.part').write_bytes(whole[:7000]) # the process was killed: the next one goes on
+    setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url)
+    assert file.read_bytes() == whole and hub.requests[-1][2] == 'bytes=7000-'
+
+def test_what_is_not_what_the_hub_keeps(here, hub):
+    hub.spoil.add(TRAIN)
+    assert 'another checksum' in setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url, code=2).stderr
+    assert not (here/'storage/datasets/gsm8k').exists() and not list((here/'storage/downloads').rglob('*.part'))
+    hub.spoil.clear()
+    setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url)
+
+def test_errors_of_the_hub(here, hub):
+    token = 'hf_a-token-that-shows-nowhere'
+    assert 'no such repository' in setup(here, 'data', 'mbpp', HF_ENDPOINT=hub.url, code=2).stderr
+    assert 'cannot be fetched' in (err := setup(here, 'data', 'gsm8k', code=2).stderr) and '--from' in err and 'Traceback' not in err
+    assert 'HF_HUB_OFFLINE' in setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url, HF_HUB_OFFLINE='1', code=2).stderr
+    assert 'is gated: accept its terms' in setup(here, 'model', 'sheared-llama-2.7b', HF_ENDPOINT=hub.url, code=2).stderr
+    (here/'.env').write_text(f'HF_TOKEN={token}\n')
+    done = setup(here, 'model', 'sheared-llama-2.7b', HF_ENDPOINT=hub.url, code=2) # let in, but the repository is empty
+    assert 'has no file like' in done.stderr and token not in done.stdout + done.stderr
+    hub.repos['openai/gsm8k'][TRAIN] = parquet([dict(question='?', solution='#### 1')])
+    assert f"field 'answer' is missing; it has question, solution" in setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url, code=2).stderr
+
+@real_data
+def test_real_mbpp_and_gsm8k(here):
+    setup(here, 'data', 'mbpp', '--from', str(SHARED/'mbpp')); setup(here, 'data', 'gsm8k', '--from', str(SHARED/'gsm8k'))
+    counts = {n: {k: s['problems'] for k, s in json.loads((here/f'storage/datasets/{n}/dataset.json').read_text())['splits'].items()} for n in ('mbpp', 'gsm8k')}
+    assert counts['mbpp'] == dict(train=374, validation=90, test=500) # Austin et al. 2021
+    assert counts['gsm8k']['test'] == 1319 and counts['gsm8k']['train'] + counts['gsm8k']['validation'] == 7473
+    problems = [json.loads(l) for l in (here/'storage/datasets/mbpp/test.problems.jsonl').read_text().splitlines()]
+    assert all(len(p['tests']['tests']) >= 3 for p in problems)
+    assert all(float(json.loads(l)['tests']['answer']) is not None for l in (here/'storage/datasets/gsm8k/test.problems.jsonl').read_text().splitlines())
+    assert 'FAILED' not in setup(here, 'verify').stdout
+
+MADE = '''
+import random, sys, pyarrow as pa, pyarrow.parquet as pq
+problems, each = int(sys.argv[1]), int(sys.argv[2])
+rng = random.Random(0)
+io = pa.struct(dict(input=pa.list_(pa.string()), output=pa.list_(pa.string())))
+sol = pa.struct(dict(language=pa.list_(pa.int64()), solution=pa.list_(pa.string())))
+schema = pa.schema(dict(name=pa.string(), description=pa.string(), public_tests=io, private_tests=io, generated_tests=io, source=pa.int64(), difficulty=pa.int64(), solutions=sol, incorrect_solutions=sol,
+                        time_limit=pa.struct(dict(seconds=pa.int64(), nanos=pa.int64())), memory_limit_bytes=pa.int64()))
+with pq.ParquetWriter('made/train-00000-of-00001.parquet', schema) as w:
+    for p in range(problems):
+        def some(n, word): return dict(language=[3]*n, solution=['\\n'.join(f'{word}{p} = {rng.randrange(10**6)} + x{k}' for k in range(rng.randint(5, 30))) for _ in range(n)])
+        tests = dict(input=['1 2 3\\n'*50]*20, output=['6\\n']*20)
+        w.write_table(pa.Table.from_pylist([dict(name=f'{p}_A', description='Add the numbers. '*50, public_tests=tests, private_tests=tests, generated_tests=tests, source=2, difficulty=p%26, solutions=some(each//2, 'a'),
+                      incorrect_solutions=some(each - each//2, 'b'), time_limit=dict(seconds=1, nanos=0), memory_limit_bytes=2**28)], schema))
+'''
+
+def test_memory_of_a_large_train_split(here):
+    """From Parquet to our files and on to tokens and pairs, below 2 GB whatever the size: a million solutions with WMTP_ALL=1 (some minutes), fifty thousand without."""
+    problems, each = (13_000, 77) if 'WMTP_ALL' in os.environ else (650, 77)
+    (here/'made').mkdir()
+    subprocess.run([sys.executable, '-c', MADE, str(problems), str(each)], cwd=here, check=True)
+    code = '''
+import resource, sys, time
+from weighted_mtp.storage import setup_data
+from weighted_mtp.config import Config
+from weighted_mtp.data import format_prompt
+from weighted_mtp.sampling import load_pairs
+from weighted_mtp.synthetic import train_tokenizer
+start = time.time()
+setup_data('codecontests', 'storage/datasets', 'made')
+print('set up', time.time() - start)
+tok = train_tokenizer([format_prompt('Add the numbers.'), 'a1 = 2 + x3'], 'tok', 400)
+start = time.time()
+ds = load_pairs('storage/datasets/codecontests/train.jsonl', tok, 125_000, Config())
+print('tokenised', time.time() - start)
+start = time.time()
+ds = load_pairs('storage/datasets/codecontests/train.jsonl', tok, 125_000, Config())
+print('opened and drawn', time.time() - start, len(ds), ds[0][0].n_response)
+print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
+'''
+    done = subprocess.run([sys.executable, '-c', code], cwd=here, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split('PEAK')[1]) < 2
+    s = json.loads((here/'storage/datasets/codecontests/dataset.json').read_text())['splits']['train']
+    assert s['correct'] + s['incorrect'] == problems*each
+
+@pytest.fixture(scope='module')
+def release(tmp_path_factory):
+    "A micro checkpoint in Meta's layout, with a sentencepiece tokenizer trained on programs."
+    import sentencepiece
+    from weighted_mtp.synthetic import make_problems
+    folder = tmp_path_factory.mktemp('release')
+    texts = [t for p in make_problems(200) for t in (p.instruction, *p.solutions)]
+    (folder/'text.txt').write_text('\n'.join(texts))
+    sentencepiece.SentencePieceTrainer.train(input=str(folder/'text.txt'), model_prefix=str(folder/'tokenizer'), vocab_size=500, model_type='bpe', byte_fallback=True, pad_id=-1, minloglevel=2, normalization_rule_name='identity', remove_extra_whitespaces=False)
+    def w(*shape): return torch.randn(*shape)*.05
+    dim, ffn, vocab, heads = 64, 160, 500, 4
+    def block(p): return {f'{p}.attention.w{c}.weight': w(dim, dim) for c in 'qkvo'} | {f'{p}.feed_forward.w1.weight': w(ffn, dim), f'{p}.feed_forward.w2.weight': w(dim, ffn), f'{p}.feed_forward.w3.weight': w(ffn, dim),
+                  f'{p}.attention_norm.weight': torch.ones(dim), f'{p}.ffn_norm.weight': torch.ones(dim)}
+    torch.manual_seed(0)
+    state = {'tok_embeddings.weight': w(vocab, dim), 'norm.weight': torch.ones(dim), 'output.weight': w(vocab, dim)}
+    for name in ('layers.0', 'layers.1', 'extra_heads.0', 'extra_heads.1', 'extra_heads.2'): state |= block(name)
+    (folder/'7B_1T_4').mkdir()
+    torch.save(state, folder/'7B_1T_4/consolidated.pth')
+    (folder/'7B_1T_4/params.json').write_text(json.dumps(dict(dim=dim, n_layers=5, n_heads=heads, norm_eps=1e-5, vocab_size=vocab, n_future_tokens=4, rope_theta=10000.)))
+    return folder
+
+@real_data
+def test_release_and_real_data_to_a_trained_policy(here, release):
+    """Meta's layout in, real MBPP in, a short run of the pipeline `baseline`, a plain Llama out: with the hub unreachable."""
+    setup(here, 'model', 'meta-mtp-7b', '--from', str(release)); setup(here, 'data', 'mbpp', '--from', str(SHARED/'mbpp'))
+    out = setup(here, 'verify').stdout
+    assert 'meta-mtp-7b forward pass: loss' in out and 'FAILED' not in out
+    model, data = here/'storage/models/meta-mtp-7b', 'storage/datasets/mbpp'
+    overrides = [f'model.backbone={model}', 'dataset.embedded=false', f'dataset.train={data}/train.jsonl', f'dataset.validation={data}/validation.jsonl', f'dataset.test={data}/test.jsonl', 'dataset.max_length=256',
+                 'training.max_steps=30', 'training.cpu_threads=1', 'data_sampling.n_validation=40', 'mlflow.tracking_uri=sqlite:///mlflow.db']
+    done = subprocess.run([sys.executable, '-m', 'weighted_mtp.pipelines.run_baseline', '--config', str(REPO/'configs/baseline/baseline_micro.yaml'), *[w for o in overrides for w in ('--override', o)]],
+                          cwd=here, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert '374 correct solutions of 374 problems' in done.stdout and 'cut: longer than 256' in done.stdout
+    checkpoint = next((here/'storage/checkpoints/baseline').rglob('checkpoint_best.pt'))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from weighted_mtp.models import export_backbone, load_policy
+    plain = AutoModelForCausalLM.from_pretrained(export_backbone(load_policy(checkpoint), here/'plain', AutoTokenizer.from_pretrained(model)))
+    assert type(plain).__name__ == 'LlamaForCausalLM'
+    tok = AutoTokenizer.from_pretrained(here/'plain')
+    ids = tok('def f(x):\n    return x', return_tensors='pt').input_ids
+    torch.testing.assert_close(plain(ids).logits, load_policy(checkpoint)(ids).logits, rtol=1e-4, atol=1e-4)
+    assert tok.decode(tok('def f(x):\n    return x  # é')['input_ids'], skip_special_tokens=True) == 'def f(x):\n    return x  # é'
+
+def test_bad_items_are_named(here, release):
+    setup(here, 'model', 'meta-mtp-7b', '--from', str(release))
+    folder = here/'storage/models/meta-mtp-7b'
+    file = next(folder.glob('*.safetensors'))
+    file.write_bytes(file.read_bytes()[:-1] + b'x')
+    out = setup(here, 'verify', code=1).stdout
+    assert f'FAILED storage/models/meta-mtp-7b: {file.name} is not what it was' in out
+    (folder/'tokenizer.json').unlink()
+    assert 'FAILED' in setup(here, 'verify', code=1).stdout
+
+def test_conversion_holds_a_shard_at_a_time(here):
+    code = '''
+import json, sys, torch
+from pathlib import Path
+from weighted_mtp.models import convert_meta
+def anon(): return int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])/1024
+import threading, time
+dim, ffn, vocab, layers = 1024, 2816, 8000, 12
+if sys.argv[1] == 'make':
+    Path('big').mkdir()
+    w = lambda *s: torch.zeros(*s)
+    def block(p): return {f'{p}.attention.w{c}.weight': w(dim, dim) for c in 'qkvo'} | {f'{p}.feed_forward.w1.weight': w(ffn, dim), f'{p}.feed_forward.w2.weight': w(dim, ffn), f'{p}.feed_forward.w3.weight': w(ffn, dim), f'{p}.attention_norm.weight': w(dim), f'{p}.ffn_norm.weight': w(dim)}
+    s = {'tok_embeddings.weight': w(vocab, dim), 'norm.weight': w(dim), 'output.weight': w(vocab, dim)}
+    for i in range(layers-3): s |= block(f'layers.{i}')
+    for i in range(3): s |= block(f'extra_heads.{i}')
+    torch.save(s, 'big/consolidated.pth')
+    Path('big/params.json').write_text(json.dumps(dict(dim=dim, n_layers=layers, n_heads=16, norm_eps=1e-5, n_future_tokens=4)))
+else:
+    before, peak, done = anon(), [0.], False
+    def watch():
+        while not done: peak[0] = max(peak[0], anon()); time.sleep(.002)
+    t = threading.Thread(target=watch); t.start()
+    convert_meta('big', 'out', shard_bytes=200 << 20)
+    done = True; t.join()
+    largest = max(f.stat().st_size for f in Path('out').glob('*.safetensors'))/2**20
+    print(json.dumps(dict(grown=peak[0] - before, largest=largest, shards=len(list(Path('out').glob('*.safetensors'))))))
+'''
+    (here/'big.py').write_text(code)
+    env = {**os.environ, 'PYTHONPATH': str(REPO)}
+    subprocess.run([sys.executable, 'big.py', 'make'], cwd=here, check=True, env=env)
+    done = subprocess.run([sys.executable, 'big.py', 'convert'], cwd=here, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found['shards'] >= 3 and found['grown'] < 1.2*found['largest'], found
+
+def test_upload_to_s3(here, tmp_path_factory):
+    (here/'mbpp.jsonl').write_text('\n'.join(json.dumps(dict(task_id=i, text='t', code=f'x = {i}', test_list=['assert 1'], test_setup_code='', challenge_test_list=[])) for i in (100, 550, 700)))
+    setup(here, 'data', 'mbpp', '--from', str(here))
+    server = Server(tmp_path_factory.mktemp('s3'), '/moto-api/', ['moto_server', '-H', '127.0.0.1', '-p'])
+    env = dict(AWS_ENDPOINT_URL=server.uri, AWS_ACCESS_KEY_ID='AKIAEXAMPLE', AWS_SECRET_ACCESS_KEY='secret-example', AWS_EC2_METADATA_DISABLED='true')
+    try:
+        server.start()
+        import boto3
+        s3 = boto3.client('s3', endpoint_url=server.uri, aws_access_key_id='AKIAEXAMPLE', aws_secret_access_key='secret-example', region_name='eu-north-1')
+        s3.create_bucket(Bucket='data', CreateBucketConfiguration=dict(LocationConstraint='eu-north-1'))
+        assert '14 of 14 files sent' in setup(here, 'upload', 'datasets/mbpp', 's3://data/wmtp', **env).stdout
+        assert s3.get_object(Bucket='data', Key='wmtp/datasets/mbpp/train.jsonl')['Body'].read() == (here/'storage/datasets/mbpp/train.jsonl').read_bytes()
+        (here/'storage/datasets/mbpp/train.jsonl').write_text('{}\n')
+        assert '1 of 14 files sent' in setup(here, 'upload', 'datasets/mbpp', 's3://data/wmtp', **env).stdout
+        err = setup(here, 'upload', 'datasets/mbpp', 's3://nobucket/wmtp', code=2, **env).stderr
+        assert 's3://nobucket does not take' in err and 'secret-example' not in err
+    finally: server.kill()
+    assert 'is no place to upload to' in setup(here, 'upload', 'datasets/mbpp', '/tmp', code=2).stderr

@@ -1,0 +1,110 @@
+"""Programs that mean harm, each with the verdict it must get; afterwards nothing of them is left. With walls (namespaces) and without."""
+import json, os, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import psutil, pytest
+
+from weighted_mtp.sandbox import judge, judge_many, protections, run_program
+
+SHARED = Path(__file__).resolve().parent.parent.parent/'shared/data'
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f'{SHARED} is not there')
+ADD = dict(kind='asserts', setup='', tests=['assert add(1, 2) == 3', 'assert add(-5, 5) == 0', 'assert add([1], [2]) == [1, 2]'])
+IO = dict(kind='stdio', tests=[['1 2\n', '3\n'], ['5 7\n', '12\n']])
+EVAL = dict(kind='humaneval', test='def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(4, 4) == 8\n', entry_point='add')
+GOOD, GOOD_IO = 'def add(a, b):\n    return a + b\n', 'a, b = map(int, input().split())\nprint(a + b)\n'
+NO = {'failed', 'error', 'killed', 'timeout', 'memory', 'output'}
+
+# name: (program, tests, statuses that are right)
+HOSTILE = {
+    'good': (GOOD, ADD, {'passed'}), 'good, stdio': (GOOD_IO, IO, {'passed'}), 'good, humaneval': (GOOD, EVAL, {'passed'}),
+    'prints much but is right': ('print("x"*100000)\n' + GOOD, ADD, {'passed'}), 'not UTF-8 on standard output': ('import sys; sys.stdout.buffer.write(b"\\xff\\xfe")\n' + GOOD, ADD, {'passed'}),
+    'lone surrogate in the answer': ('def add(a, b):\n    return "\\ud800"', ADD, {'failed'}), 'lone surrogate printed': ('print("\\ud800")', IO, {'failed'}),
+    # ending before the tests
+    'sys.exit(0)': ('import sys; sys.exit(0)', ADD, {'error'}), 'os._exit(0)': ('import os; os._exit(0)', ADD, {'error'}), 'raise SystemExit': ('raise SystemExit', ADD, {'error'}),
+    'exits when called': ('import os\ndef add(a, b): os._exit(0)', ADD, {'error'}), 'SystemExit when called': ('def add(a, b): raise SystemExit(0)', ADD, {'error'}), 'atexit': ('import atexit, os; atexit.register(lambda: os._exit(0)); raise SystemExit', ADD, {'error'}),
+    'quit()': ('quit()', EVAL, NO), 'exit in stdio': ('import os; os._exit(0)', IO, {'failed'}), 'empty': ('', ADD, {'error'}), 'empty, stdio': ('', IO, {'failed'}), 'syntax error': ('def add(a, b:', ADD, {'error'}),
+    # looking right
+    'equal to everything': ('class A:\n    def __eq__(self, o): return True\n    def __abs__(self): return 0\ndef add(a, b): return A()', ADD, {'failed'}), 'int that equals everything': ('class A(int):\n    def __eq__(self, o): return True\ndef add(a, b): return A()', ADD, {'failed'}),
+    'list that equals everything': ('class A(list):\n    def __eq__(self, o): return True\ndef add(a, b): return A()', ADD, {'failed'}), 'str that equals everything': ('class A(str):\n    def __eq__(self, o): return True\n    __hash__ = str.__hash__\ndef add(a, b): return {A("x"): 1}', ADD, {'failed'}),
+    'redefines AssertionError': ('import builtins\nbuiltins.AssertionError = AssertionError = type("X", (BaseException,), {})\ndef add(a, b): return 0', ADD, {'failed'}),
+    'redefines assert by trace': ('import sys\nsys.settrace(lambda *a: None)\ndef add(a, b): return 1', ADD, {'failed'}), 'patches builtins': ('import builtins\nfor n in ("abs", "len", "isinstance", "all", "any", "set", "sorted"): setattr(builtins, n, lambda *a, **k: True)\ndef add(a, b): return 0', ADD, NO),
+    'patches ast and json': ('import json, ast\njson.dumps = lambda *a, **k: "true"\nast.literal_eval = lambda x: True\ndef add(a, b): return 0', ADD, NO), 'raises AssertionError itself': ('def add(a, b): raise AssertionError', ADD, {'failed'}),
+    'prints a verdict': ('print(\'{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\')\nimport os; os._exit(0)', ADD, {'error'}),
+    'writes a verdict to every file': ('import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\\n\')\n    except OSError: pass\nos._exit(0)', ADD, NO),
+    'answers before it is asked': ('import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"add": []}\\n\' + b\'{"value": 3, "args": [1, 2]}\\n\'*9)\n    except OSError: pass\ndef add(a, b): return 0', ADD, NO),
+    'reads the harness from its frames': ('import sys, gc\nf = sys._getframe()\nfound = ""\nwhile f:\n    found += repr(f.f_globals) + repr(f.f_locals); f = f.f_back\nfound += "".join(repr(o) for o in gc.get_objects()[:20000] if isinstance(o, dict))\ndef add(a, b): return 3 if "== 3" in found else 99', ADD, {'failed'}),
+    'reads standard input for the tests': ('import sys\ntext = sys.stdin.read()\ndef add(a, b): return 3 if "==" in text else 99', ADD, {'failed'}), 'reads descriptors for the tests': ('import os\ntext = b""\nfor fd in (0, *range(4, 64)):\n    try: os.set_blocking(fd, False); text += os.read(fd, 9999)\n    except OSError: pass\ndef add(a, b): return 3 if b"==" in text else 99', ADD, NO),
+    'prints both answers': ('print(3, 12)', IO, {'failed'}), 'nan': ('def add(a, b): return float("nan")', ADD, {'failed'}), 'endless iterator': ('import itertools\ndef add(a, b): return itertools.count()', ADD, {'error'}),
+    'deep list': ('def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x', ADD, NO), 'answer of 100 MB': ('def add(a, b): return "x"*10**8', ADD, NO),
+    # taking too much
+    'loops': ('while True: pass', ADD, {'timeout'}), 'loops when called': ('def add(a, b):\n    while True: pass', ADD, {'timeout'}), 'sleeps': ('import time; time.sleep(60)', IO, {'timeout'}), 'ignores signals': ('import signal\nfor s in range(1, 60):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass', ADD, {'timeout', 'killed'}),
+    'forks without end': ('import os\nwhile True:\n    try: os.fork()\n    except OSError: pass', ADD, NO), 'threads without end': ('import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()', ADD, NO),
+    'fills memory': ('x = []\nwhile True: x.append(bytearray(10**7))', ADD, {'memory'}), 'fills memory when called': ('def add(a, b): return len("x"*10**10)', ADD, {'memory'}), 'fills memory in children': ('import os\nfor _ in range(3): os.fork()\nx = []\nwhile True: x.append(bytearray(10**7))', ADD, NO),
+    'fills the disk': ('f = open("big", "wb")\nwhile True: f.write(b"x"*10**6)', ADD, {'error', 'killed'}), 'many files': ('for i in range(10**6): open(str(i), "w").close()', ADD, NO), 'prints for ever': ('while True: print("x"*1000)', ADD, {'output'}), 'prints errors for ever': ('import sys\nwhile True: print("x"*1000, file=sys.stderr)', ADD, {'output'}),
+    'huge power': ('x = 10**(10**9)', ADD, NO), 'recursion': ('def add(a, b): return add(a, b)', ADD, {'error'}), 'crashes the interpreter': ('import ctypes; ctypes.string_at(0)', ADD, {'killed'}),
+    # getting out
+    'kills its parent': ('import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(1)\n' + GOOD, ADD, NO), 'kills everything': ('import os, signal\nos.kill(-1, signal.SIGKILL)\n' + GOOD, ADD, NO), 'kills its group': ('import os, signal\nos.killpg(0, signal.SIGKILL)', ADD, NO), 'kills process 1': ('import os, signal\ntry: os.kill(1, signal.SIGKILL)\nexcept OSError: pass\n' + GOOD, ADD, {'passed', 'killed'}),
+    'reads the environment': ('import os\nassert not [k for k in os.environ if k not in ("LC_CTYPE",)], os.environ\n' + GOOD, ADD, {'passed'}),
+    'leaves a daemon': ('import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        for fd in range(64):\n            try: os.close(fd)\n            except OSError: pass\n        time.sleep(987654)\n    os._exit(0)\n' + GOOD, ADD, {'passed'}),
+}
+WALLED = { # what only walls keep out
+    'reads /etc/passwd': ('print(open("/etc/passwd").read())', {'error'}), 'reads /proc': ('import os; print(os.listdir("/proc"))', {'error'}), 'looks for home': ('import os; assert not [d for d in os.listdir("/") if d in ("home", "work", "proc", "etc", "var")]', {'passed'}),
+    'opens a socket': ('import socket; socket.create_connection(("127.0.0.1", PORT), 2)', {'error'}), 'resolves a name': ('import socket; socket.getaddrinfo("example.com", 80)', {'error'}), 'sees other processes': ('import os; os.kill(HARNESS, 0)', {'error'}),
+    'writes outside': ('open("/usr/mark", "w")', {'error'}), 'writes to the root': ('open("/mark", "w")', {'error'}), 'becomes root': ('import os; os.setuid(0)', {'error'}), 'mounts': ('import ctypes, os; l = ctypes.CDLL(None, use_errno=True); assert l.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == 0', {'error'}),
+    'makes a user namespace and mounts': ('import ctypes; l = ctypes.CDLL(None)\nif l.unshare(0x10020000) == 0: assert l.umount2(b"/usr", 2) == 0', {'error', 'passed'}), 'chroots out': ('import os; os.mkdir("x"); os.chroot("x")', {'error'}), 'ptraces process 1': ('import ctypes; assert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0', {'error'}),
+    'makes a device': ('import os; os.mknod("d", 0o60666, os.makedev(8, 0)); open("d", "rb").read(1)', {'error'}), 'sends to a host': ('import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b"x", ("10.0.0.1", 53))', {'error'}),
+}
+
+@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
+def test_hostile_programs(walls):
+    def left(): return {p.pid for p in psutil.process_iter(['cmdline']) if 'jail.py' in ' '.join(p.info['cmdline'] or ())}
+    before = {f for f in os.listdir(tempfile.gettempdir()) if f.startswith('wmtp-jail')}
+    start = time.time()
+    wrong = {}
+    for name, (program, tests, right) in HOSTILE.items():
+        r = judge(program, tests, timeout=2, memory_mb=256, walls=walls)
+        if r.status not in right: wrong[name] = r
+        if r.walls != walls and r.walls: wrong[name] = 'walls'
+    assert not wrong, wrong
+    assert len(HOSTILE) + len(WALLED) > 55
+    print(f'{len(HOSTILE)} programs in {time.time()-start:.1f} s')
+    end = time.time() + 5
+    while left() and time.time() < end: time.sleep(.1)
+    assert not left() and not [p for p in psutil.process_iter(['cmdline']) if '987654' in ' '.join(p.info['cmdline'] or ())]
+    assert {f for f in os.listdir(tempfile.gettempdir()) if f.startswith('wmtp-jail')} == before
+
+@pytest.mark.skipif(not protections()['files'], reason='this kernel gives no namespaces')
+def test_walls():
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen()
+        wrong = {}
+        for name, (program, right) in WALLED.items():
+            r = run_program(program.replace('PORT', str(s.getsockname()[1])).replace('HARNESS', str(os.getpid())), timeout=5)
+            if r.status not in right: wrong[name] = r
+        assert not wrong, wrong
+
+def test_same_verdicts_in_a_crowd():
+    """Hostile ones beside good ones: results in order, none disturbed."""
+    jobs = [(p, t) for p, t, _ in list(HOSTILE.values())[:30]]*2 + [(GOOD, ADD)]*20
+    found = judge_many(jobs, workers=8, timeout=5)
+    assert [r.status for r in found[-20:]] == ['passed']*20
+    for r, (_, _, right) in zip(found, list(HOSTILE.values())[:30]*2): assert r.status in right, r
+
+def test_many_trivial_programs():
+    start = time.time()
+    assert all(r.passed for r in judge_many([(GOOD_IO, dict(kind='stdio', tests=[['1 2', '3']]))]*100))
+    print(f'100 programs in {time.time()-start:.1f} s')
+
+@real_data
+def test_reference_solutions_of_mbpp():
+    """The data's README: 974 of 974 pass."""
+    rows = [json.loads(l) for l in (SHARED/'mbpp/mbpp.jsonl').read_text().splitlines()]
+    if 'WMTP_ALL' not in os.environ: rows = rows[::10]
+    jobs = [(r['code'].replace('\r\n', '\n'), dict(kind='asserts', setup=r['test_setup_code'].replace('\r\n', '\n'), tests=r['test_list'] + r['challenge_test_list'])) for r in rows]
+    start = time.time()
+    found = judge_many(jobs)
+    wrong = [(r['task_id'], f) for r, f in zip(rows, found) if not f.passed]
+    assert not wrong, wrong
+    print(f'{len(rows)} in {time.time()-start:.1f} s')
+    assert not any(f.passed for f in judge_many([('', t) for _, t in jobs]))

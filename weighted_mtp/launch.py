@@ -36,8 +36,9 @@ def _last_words(lines): # of a log's end: what a traceback comes to; if it is to
     start = next((i for i, line in enumerate(lines) if line.startswith('Traceback ')), None)
     if first := _FELL_FIRST.search('\n'.join(lines)):
         own = [line for line in lines[:start] if not re.match(r'[IWE]\d{4} ', line)] # not torchrun's
-        crash = next((i for i, line in enumerate(own) if 'Fatal Python error' in line), None) # Python's, with the stack
-        return [*(own[-6:] if crash is None else own[crash:crash+8]), f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
+        crash = [line[line.index('Fatal Python error'):] for line in own if 'Fatal Python error' in line][:1] # Python's, with the stacks of all threads
+        stack = next((i for i, line in enumerate(own) if line.startswith('Current thread')), len(own))
+        return [*(crash + own[stack:stack+8] if crash else own[-6:]), f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
     return lines[-6:] if start is None else lines[-1:]
 
 def _vessl_failure(folder, record):

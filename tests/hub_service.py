@@ -41,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in hub.gated and self.headers.get('Authorization') != f'Bearer {hub.token}': return self.reply(403, b'{}', X_Error_Code='GatedRepo')
         files = hub.repos[repo]
         if file is None:
-            def entry(n, b): return dict(rfilename=n, size=len(b), blobId=hashlib.sha1(b'blob %d\0' % len(b) + b).hexdigest(), **(dict(lfs=dict(size=len(b), sha256=hashlib.sha256(b).hexdigest(), pointerSize=130)) if n.endswith(('.parquet', '.pth')) else {}))
+            def entry(n, b): return dict(rfilename=n, size=len(b), blobId=hashlib.sha1(b'blob %d\0' % len(b) + b).hexdigest(), **(dict(lfs=dict(size=len(b), sha256=hashlib.sha256(b).hexdigest(), pointerSize=130)) if n.endswith(('.parquet', '.pth', '.safetensors')) else {}))
             return self.reply(200, json.dumps(dict(id=repo, sha=SHA, siblings=[entry(n, b) for n, b in files.items()], private=False, disabled=False, gated=False, downloads=0, likes=0, tags=[])).encode(), Content_Type='application/json')
         body = files[file]
         if file in hub.spoil: body = b'x' + body[1:]

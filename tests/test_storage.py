@@ -19,7 +19,7 @@ def setup(folder, *words, code=0, timeout=300, **env):
 
 @pytest.fixture
 def here(tmp_path):
-    (tmp_path/'settings.ini').write_text((REPO/'settings.ini').read_text()) # a project
+    (tmp_path/'settings.ini').write_text((REPO/'settings.ini').read_text()); (tmp_path/'configs').mkdir() # a project
     return tmp_path
 
 def parquet(rows):
@@ -48,14 +48,17 @@ def test_from_the_hub(here, hub):
     assert setup(here, 'verify').stdout.count('ok ') == 3
 
 def test_download_goes_on_where_it_was_cut(here, hub):
-    whole = hub.repos['openai/gsm8k'][TRAIN]
-    hub.cut[TRAIN] = 10_000 # the connection breaks: the same process goes on
+    big = os.urandom(24 << 20)
+    hub.gated, hub.repos['princeton-nlp/Sheared-LLaMA-2.7B'] = [], {'config.json': b'{}', 'model.safetensors': big}
+    hub.cut['model.safetensors'] = 21 << 20 # the connection breaks: the same process goes on from the last of its 10 MB
+    setup(here, 'model', 'sheared-llama-2.7b', HF_ENDPOINT=hub.url)
+    assert (here/'storage/models/sheared-llama-2.7b/model.safetensors').read_bytes() == big
+    assert [r for _, p, r in hub.requests if p.endswith('model.safetensors')] == [None, f'bytes={20 << 20}-']
     setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url)
-    file = here/'storage/downloads/gsm8k'/TRAIN
-    assert file.read_bytes() == whole and ('GET', f'/datasets/openai/gsm8k/resolve/{"a"*40}/{TRAIN}', 'bytes=10000-') in hub.requests
+    whole, file = hub.repos['openai/gsm8k'][TRAIN], here/'storage/downloads/gsm8k'/TRAIN
     file.unlink(); file.with_name(file.name + '.part').write_bytes(whole[:7000]) # the process was killed: the next one goes on
     setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url)
-    assert file.read_bytes() == whole and hub.requests[-1][2] == 'bytes=7000-'
+    assert file.read_bytes() == whole and ('GET', f'/datasets/openai/gsm8k/resolve/{"a"*40}/{TRAIN}', 'bytes=7000-') in hub.requests
 
 def test_what_is_not_what_the_hub_keeps(here, hub):
     hub.spoil.add(TRAIN)
@@ -162,12 +165,12 @@ def test_release_and_real_data_to_a_trained_policy(here, release):
     out = setup(here, 'verify').stdout
     assert 'meta-mtp-7b forward pass: loss' in out and 'FAILED' not in out
     model, data = here/'storage/models/meta-mtp-7b', 'storage/datasets/mbpp'
-    overrides = [f'model.backbone={model}', 'dataset.embedded=false', f'dataset.train={data}/train.jsonl', f'dataset.validation={data}/validation.jsonl', f'dataset.test={data}/test.jsonl', 'dataset.max_length=256',
+    overrides = [f'model.backbone={model}', 'dataset.embedded=false', f'dataset.train={data}/train.jsonl', f'dataset.validation={data}/validation.jsonl', f'dataset.test={data}/test.jsonl', 'dataset.max_length=512',
                  'training.max_steps=30', 'training.cpu_threads=1', 'data_sampling.n_validation=40', 'mlflow.tracking_uri=sqlite:///mlflow.db']
     done = subprocess.run([sys.executable, '-m', 'weighted_mtp.pipelines.run_baseline', '--config', str(REPO/'configs/baseline/baseline_micro.yaml'), *[w for o in overrides for w in ('--override', o)]],
                           cwd=here, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert '374 correct solutions of 374 problems' in done.stdout and 'cut: longer than 256' in done.stdout
+    assert '374 correct solutions of 374 problems' in done.stdout and 'no room for a response in 512 tokens' in done.stdout
     checkpoint = next((here/'storage/checkpoints/baseline').rglob('checkpoint_best.pt'))
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from weighted_mtp.models import export_backbone, load_policy

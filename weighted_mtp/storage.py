@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .config import UserError, load_env, nearest, read_json, redact
+from .config import UserError, load_env, nearest, project_root, read_json, redact
 
 # %% ../nbs/15_storage.ipynb #03cf26b8
 def read_rows(
@@ -452,11 +452,11 @@ def _options():
     u = sub.add_parser('upload', help='upload a folder', description='Upload what lies under storage/ to S3 or a VESSL volume.')
     u.add_argument('path', help='such as datasets/mbpp')
     u.add_argument('to', help='s3://BUCKET/PREFIX or volume://STORAGE/VOLUME')
-    for x in sub.choices.values(): x.add_argument('--storage', default='storage', metavar='FOLDER', help='default: storage')
+    for x in sub.choices.values(): x.add_argument('--storage', metavar='FOLDER', help="default: the project's storage")
     return p
 
 def _set_up(a):
-    root = Path(a.storage)
+    root = Path(a.storage or os.path.relpath(project_root()/'storage'))
     if a.what == 'verify': return int(verify(root) > 0)
     if a.what == 'upload': upload(root, a.path, a.to); return 0
     names = list(SOURCES) if a.what == 'data' and a.name == ['all'] else a.name

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LANGUAGES', 'SOURCES', 'SMALL', 'SMALL_EACH', 'MODELS', 'read_rows', 'Problem', 'Source', 'local_files',
-           'hub_files', 'convert', 'statistics', 'setup_data', 'setup_model', 'verify', 'upload', 'wmtp_setup']
+           'hub_files', 'convert', 'statistics', 'setup_data', 'add_mutants', 'setup_model', 'verify', 'upload',
+           'wmtp_setup']
 
-# %% ../nbs/15_storage.ipynb #3fa6a56c
-import gzip, hashlib, json, os, re, shutil
+# %% ../nbs/15_storage.ipynb #3f782396
+import ast, gzip, hashlib, json, os, random, re, shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,6 +270,7 @@ def setup_data(
     root='storage/datasets', # The data set becomes a folder in it
     folder=None, # Take the files from here (default: from the hub)
     languages=('python3',), # CodeContests: python2, python3, cpp, java
+    mutants:int=0, # MBPP: wrong solutions made of each correct one
 )->dict: # What is in it
     "Get a data set. Raises `UserError` naming what is wrong and where."
     if name not in SOURCES: raise UserError(f"Unknown data set '{name}'.{nearest(name, SOURCES)} There are {', '.join(SOURCES)}.")
@@ -277,11 +279,57 @@ def setup_data(
     else:
         files, revision = hub_files(SOURCES[name].repo, SOURCES[name].files, Path(root).parent/'downloads'/name)
         origin = dict(revision=revision)
+    if mutants and name != 'mbpp': raise UserError('Mutants are made of MBPP only: its tests say which are wrong.')
     facts = convert(name, files, Path(root)/name, languages, origin)
+    if mutants: facts = add_mutants(Path(root)/name, mutants)
     print(f'{Path(root)/name}:', *statistics(facts), sep='\n  ', flush=True)
     return facts
 
-# %% ../nbs/15_storage.ipynb #f66c629b
+# %% ../nbs/15_storage.ipynb #530fbe85
+def _candidates(code, n, rng): # programs changed in one place
+    from weighted_mtp.synthetic import mutate
+    try: plain = ast.unparse(ast.parse(code))
+    except SyntaxError: return None, []
+    out = {}
+    for _ in range(6*n):
+        try: out[mutate(plain, rng)] = None
+        except (IndexError, ValueError, AttributeError): pass # nothing in it that could be changed, or not into a program
+    out.pop(plain, None)
+    return plain, list(out)[:3*n]
+
+def add_mutants(
+    folder, # A data set as `convert` makes it, with tests of the kind `asserts`
+    each:int=3, # Wrong solutions a problem, at most
+    seed:int=0,
+)->dict: # What is in it now
+    "Add wrong solutions, labelled by running them; rewrites the files of solutions."
+    from weighted_mtp.sandbox import judge_many
+    from weighted_mtp.synthetic import changed_span
+    folder = Path(folder)
+    facts = read_json(folder/'dataset.json')
+    for split, s in facts['splits'].items():
+        tests = {p['problem_id']: p['tests'] for p in map(json.loads, open(folder/f'{split}.problems.jsonl', encoding='utf-8'))}
+        rows = [r for r in map(json.loads, open(folder/f'{split}.jsonl', encoding='utf-8')) if r['is_correct']]
+        made = [_candidates(r['output'], each, random.Random(f"{seed} {r['problem_id']}")) for r in rows]
+        jobs = [(code, tests[r['problem_id']]) for r, (plain, codes) in zip(rows, made) if plain for code in (plain, *codes)]
+        found = iter(judge_many(jobs, timeout=3, progress=True))
+        out = []
+        for r, (plain, codes) in zip(rows, made):
+            if not plain: continue
+            good, wrong = next(found).passed, [c for c, v in [(c, next(found)) for c in codes] if v.status in ('failed', 'error') and 'NameError' not in v.message][:each]
+            if not good: continue # its own tests do not pass: nothing can be told from them
+            line = len(out)
+            out.append(dict(r, output=plain, kind='correct', mutation=None, twin=None))
+            out += [dict(r, output=c, is_correct=False, kind='mutant', mutation=changed_span(plain, c), twin=line) for c in wrong]
+        with open(folder/f'{split}.jsonl.part', 'w', encoding='utf-8') as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in out)
+        (folder/f'{split}.jsonl.part').replace(folder/f'{split}.jsonl')
+        s.update(correct=sum(r['is_correct'] for r in out), incorrect=sum(not r['is_correct'] for r in out))
+        s['files'][f'{split}.jsonl'] = dict(bytes=(folder/f'{split}.jsonl').stat().st_size, sha256=_sha256(folder/f'{split}.jsonl'))
+    facts['mutants'] = dict(each=each, seed=seed)
+    (folder/'dataset.json').write_text(json.dumps(facts, indent=1))
+    return facts
+
+# %% ../nbs/15_storage.ipynb #3a243d96
 MODELS = { # repository, the files wanted of it
     'meta-mtp-7b': ('facebook/multi-token-prediction', r'^(7B_1T_4/(consolidated\.pth|params\.json)|tokenizer\.model)$'),
     'sheared-llama-2.7b': ('princeton-nlp/Sheared-LLaMA-2.7B', r'^[^/]+\.(safetensors|bin|json|model)$'),
@@ -329,7 +377,7 @@ def _copied(folder, pattern, out):
     for f in tqdm(files, desc='copying', unit='file', leave=False): shutil.copy2(f, part/f.name)
     shutil.rmtree(out, ignore_errors=True); part.replace(out)
 
-# %% ../nbs/15_storage.ipynb #d05d9ee4
+# %% ../nbs/15_storage.ipynb #18245c69
 def _file_problems(folder, files):
     for name, f in files.items():
         if not (folder/name).is_file(): yield f'{name} is missing'
@@ -388,7 +436,7 @@ def verify(
             print(f"{'FAILED' if problem else 'ok':7}{what}: {problem or fine}", flush=True)
     return bad
 
-# %% ../nbs/15_storage.ipynb #5f60275a
+# %% ../nbs/15_storage.ipynb #9575dd4a
 def upload(
     root, # The storage folder
     path, # What to upload of it, such as datasets/mbpp
@@ -437,7 +485,7 @@ def _to_volume(storage, path): # likewise; VESSL's client cannot say whether it 
         return 1
     return send
 
-# %% ../nbs/15_storage.ipynb #3c7c490a
+# %% ../nbs/15_storage.ipynb #16f8dce5
 def _options():
     import argparse
     p = argparse.ArgumentParser(prog='wmtp-setup', description='Get data sets and models, check them, upload them.')
@@ -445,6 +493,7 @@ def _options():
     d = sub.add_parser('data', help='get a data set', description='Get a data set: ' + '; '.join(f'{k}: {s.about}' for k, s in SOURCES.items()) + '.')
     d.add_argument('name', nargs='+', help=f"{', '.join(SOURCES)} or all")
     d.add_argument('--language', action='append', metavar='NAME', help=f"CodeContests: {', '.join(LANGUAGES)}; may be repeated (default: python3)")
+    d.add_argument('--mutants', type=int, default=0, metavar='N', help='MBPP: add up to N wrong solutions a problem, made by changing the correct one')
     m = sub.add_parser('model', help='get a model')
     m.add_argument('name', nargs='+', help=', '.join(MODELS))
     for x in (d, m): x.add_argument('--from', dest='folder', metavar='FOLDER', help='take the files from here instead of the hub')
@@ -462,7 +511,7 @@ def _set_up(a):
     names = list(SOURCES) if a.what == 'data' and a.name == ['all'] else a.name
     if a.folder and len(names) > 1: raise UserError("--from goes with one name: every source has its own files.")
     for name in names:
-        if a.what == 'data': setup_data(name, root/'datasets', a.folder, a.language or ('python3',))
+        if a.what == 'data': setup_data(name, root/'datasets', a.folder, a.language or ('python3',), a.mutants)
         else: setup_model(name, root/'models', a.folder)
 
 def wmtp_setup(argv=None):

@@ -483,6 +483,8 @@ def load_parts(
     if m.backbone == 'micro' and not where: raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or dataset.embedded=true.")
     try: tokenizer = AutoTokenizer.from_pretrained(where or m.backbone)
     except (OSError, ValueError) as e: raise UserError(f"model.tokenizer = {where or m.backbone}: cannot be loaded ({str(e).splitlines()[0]})") from None
+    if tokenizer.eos_token_id is None: raise UserError(f"model.tokenizer = {where or m.backbone}: has no end-of-text token, so a model would never learn to stop.")
+    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token # Llama's has none; padding is masked, whatever it is
     if m.backbone != 'micro': return tokenizer, load_backbone(m.backbone, getattr(torch, m.dtype) if torch.cuda.is_available() else torch.float32)
     from weighted_mtp.synthetic import make_micro_model
     return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers, n_heads=m.n_heads, max_length=d.max_length, seed=config.training.seed)

@@ -8,7 +8,7 @@ from weighted_mtp.sandbox import judge, judge_many, protections, run_program
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared/data'
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f'{SHARED} is not there')
-ADD = dict(kind='asserts', setup='', tests=['assert add(1, 2) == 3', 'assert add(-5, 5) == 0', 'assert add([1], [2]) == [1, 2]'])
+ADD = dict(kind='asserts', tests=['assert add(1, 2) == 3', 'assert add(-5, 5) == 0', 'assert add([1], [2]) == [1, 2]'])
 IO = dict(kind='stdio', tests=[['1 2\n', '3\n'], ['5 7\n', '12\n']])
 EVAL = dict(kind='humaneval', test='def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(4, 4) == 8\n', entry_point='add')
 GOOD, GOOD_IO = 'def add(a, b):\n    return a + b\n', 'a, b = map(int, input().split())\nprint(a + b)\n'
@@ -101,7 +101,7 @@ def test_reference_solutions_of_mbpp():
     """The data's README: 974 of 974 pass."""
     rows = [json.loads(l) for l in (SHARED/'mbpp/mbpp.jsonl').read_text().splitlines()]
     if 'WMTP_ALL' not in os.environ: rows = rows[::10]
-    jobs = [(r['code'].replace('\r\n', '\n'), dict(kind='asserts', setup=r['test_setup_code'].replace('\r\n', '\n'), tests=r['test_list'] + r['challenge_test_list'])) for r in rows]
+    jobs = [(r['code'].replace('\r\n', '\n'), dict(kind='asserts', tests=[r['test_setup_code'].replace('\r\n', '\n'), *r['test_list'], *r['challenge_test_list']])) for r in rows]
     start = time.time()
     found = judge_many(jobs)
     wrong = [(r['task_id'], f) for r, f in zip(rows, found) if not f.passed]

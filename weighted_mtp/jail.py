@@ -65,15 +65,26 @@ def drop(uid=None): # every privilege, for good
     for cap in range(41): _libc.prctl(24, cap, 0, 0, 0) # none may be regained
     _libc.syscall(CAPSET, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', *[0]*6))
 
-# %% ../nbs/06_jail.ipynb #b261ba83
+# %% ../nbs/06_jail.ipynb #b8798412
 class Odd:
-    "Something that is no plain data."
-    def __init__(self, kind): self.kind = kind
-    def __eq__(self, other): return False
-    __hash__ = None
+    "An object of the program's, seen from the referee: `ask` sends what is done with it to where it is."
+    def __init__(self, number, kind, ask): self.__dict__.update(number=number, kind=kind, ask=ask)
+    def __call__(self, *args, **kw): return _called(self.ask, args, kw, number=self.number)
+    def __getattr__(self, name): return self.ask(number=self.number, get=name)
+    def __setattr__(self, name, value): self.ask(number=self.number, set=name, value=pack(value))
+    def __iter__(self): return iter(self.ask(number=self.number, iterate=True))
+    def __len__(self): return self.ask(number=self.number, length=True)
     def __repr__(self): return f'<{self.kind}>'
 
-def pack(x, depth=0): # -> JSON; exact types only: a subclass could be anything
+def _called(ask, args, kw, **what): # a call of the program's; arguments that it changed are changed here
+    value, after = ask(**what, args=[pack(a) for a in args], kw={k: pack(a) for k, a in kw.items()})
+    for old, new in zip(args, after):
+        if type(old) is not type(new): continue
+        if isinstance(old, (list, bytearray)): old[:] = new
+        elif isinstance(old, (dict, set)): old.clear(); old.update(new)
+    return value
+
+def pack(x, depth=0, keep=None): # -> JSON; exact types only: a subclass could be anything. `keep`: gives an object a number
     t = type(x)
     if depth > 200: raise ValueError('nested too deeply')
     if x is None or t is bool or t is str: return x if t is not str else x if _utf8(x) else ['s', x.encode('utf-8', 'surrogatepass').hex()]
@@ -81,12 +92,12 @@ def pack(x, depth=0): # -> JSON; exact types only: a subclass could be anything
     if t is float: return ['f', x.hex()]
     if t is complex: return ['c', x.real.hex(), x.imag.hex()]
     if t in (bytes, bytearray): return ['b' if t is bytes else 'ba', bytes(x).hex()]
-    if t in (list, tuple, set, frozenset): return [{list: 'l', tuple: 't', set: 'e', frozenset: 'fe'}[t], *(pack(y, depth+1) for y in x)]
-    if t is dict: return ['d', *([pack(k, depth+1), pack(v, depth+1)] for k, v in x.items())]
+    if t in (list, tuple, set, frozenset): return [{list: 'l', tuple: 't', set: 'e', frozenset: 'fe'}[t], *(pack(y, depth+1, keep) for y in x)]
+    if t is dict: return ['d', *([pack(k, depth+1, keep), pack(v, depth+1, keep)] for k, v in x.items())]
     if t is range: return ['r', x.start, x.stop, x.step]
     name = f'{t.__module__}.{t.__qualname__}'
-    if name in ('collections.Counter', 'collections.OrderedDict', 'collections.defaultdict'): return ['d', *([pack(k, depth+1), pack(v, depth+1)] for k, v in dict.items(x))]
-    if name == 'collections.deque': return ['q', *(pack(y, depth+1) for y in x)]
+    if name in ('collections.Counter', 'collections.OrderedDict', 'collections.defaultdict'): return ['d', *([pack(k, depth+1, keep), pack(v, depth+1, keep)] for k, v in dict.items(x))]
+    if name == 'collections.deque': return ['q', *(pack(y, depth+1, keep) for y in x)]
     if name in ('decimal.Decimal', 'fractions.Fraction'): return ['n', name, str(x)]
     if name in ('datetime.date', 'datetime.datetime', 'datetime.time'): return ['n', name, x.isoformat()]
     if name in ('builtins.map', 'builtins.filter', 'builtins.zip', 'builtins.generator', 'builtins.enumerate', 'builtins.reversed', 'builtins.list_iterator', 'builtins.list_reverseiterator', 'builtins.tuple_iterator', 'builtins.dict_keys',
@@ -94,15 +105,18 @@ def pack(x, depth=0): # -> JSON; exact types only: a subclass could be anything
         out = ['g' if not name.startswith('builtins.dict_') else 'l']
         for i, y in enumerate(x):
             if i == 100_000: raise ValueError('an iterator without end')
-            out.append(pack(y, depth+1))
+            out.append(pack(y, depth+1, keep))
         return out
-    return ['o', name[:80]]
+    if t is Odd: return ['h', x.number]
+    if t is type and getattr(builtins, x.__name__, None) is x: return ['y', x.__name__]
+    if t is type(sys): return ['m', x.__name__]
+    return ['h', keep(x), name[:80]] if keep else ['h', -1, name[:80]]
 
 def _utf8(s):
     try: s.encode('utf-8'); return True
     except UnicodeEncodeError: return False
 
-def unpack(j):
+def unpack(j, known=None): # `known`: what an object's number stands for
     if not isinstance(j, list): return j
     kind, *x = j
     if kind == 's': return bytes.fromhex(x[0]).decode('utf-8', 'surrogatepass')
@@ -111,10 +125,12 @@ def unpack(j):
     if kind == 'c': return complex(float.fromhex(x[0]), float.fromhex(x[1]))
     if kind in ('b', 'ba'): return (bytes if kind == 'b' else bytearray)(bytes.fromhex(x[0]))
     if kind == 'r': return range(*x)
-    if kind == 'd': return {unpack(k): unpack(v) for k, v in x}
+    if kind == 'd': return {unpack(k, known): unpack(v, known) for k, v in x}
     if kind == 'n': return _named(*x)
-    if kind == 'o': return Odd(str(x[0]))
-    made = [unpack(y) for y in x]
+    if kind == 'y': return getattr(builtins, x[0])
+    if kind == 'm': return __import__('importlib').import_module(x[0]) if x[0].split('.')[0] in sys.stdlib_module_names else None
+    if kind == 'h': return known(*x)
+    made = [unpack(y, known) for y in x]
     if kind == 'q':
         from collections import deque
         return deque(made)
@@ -153,17 +169,25 @@ def play(program, calls=None): # the program, then its functions; ends the proce
     os._exit(code & 255)
 
 def _serve(calls, names):
+    objects, numbers = [], {}
+    def keep(x): # the same number for the same object
+        if id(x) not in numbers: numbers[id(x)] = len(objects); objects.append(x)
+        return numbers[id(x)]
+    def plain(x): return pack(x, keep=keep)
+    def object_of(number, *_): return objects[number]
+    def unplain(x): return unpack(x, object_of)
     def answer(x): calls.write(json.dumps(x) + '\n'); calls.flush()
-    answer({k: [] if callable(v) else [pack(v)] for k, v in list(names.items()) if not k.startswith('__') and not isinstance(v, type(sys))})
+    answer({k: plain(v) for k, v in list(names.items()) if not k.startswith('__')})
     for line in calls:
         q = json.loads(line)
-        if 'statement' in q: # a test that has to run here, because its objects cannot cross
-            try: exec(compile(q['statement'], 'test', 'exec'), names); answer({'value': None})
-            except MemoryError: os._exit(MEMORY)
-            except Exception as e: answer({'error': [type(e).__name__, str(e)[:500]]})
-            continue
-        args, kw = [unpack(a) for a in q['args']], {k: unpack(a) for k, a in q['kw'].items()}
-        try: x = names[q['name']](*args, **kw); reply = {'value': pack(x), 'args': [pack(a) for a in args]}
+        try:
+            x, args = objects[q['number']], [unplain(a) for a in q.get('args', ())]
+            if 'get' in q: value = getattr(x, q['get'])
+            elif 'set' in q: value = setattr(x, q['set'], unplain(q['value']))
+            elif 'iterate' in q: value = [y for y, _ in zip(x, range(100_000))]
+            elif 'length' in q: value = len(x)
+            else: value = x(*args, **{k: unplain(a) for k, a in q['kw'].items()})
+            reply = {'value': plain(value), 'args': [plain(a) for a in args]}
         except MemoryError: os._exit(MEMORY)
         except Exception as e: reply = {'error': [type(e).__name__, str(e)[:500]]}
         answer(reply)
@@ -206,7 +230,7 @@ class Player:
         socket.send_fds(channel, [b'x'], [file, *(w for _, w in pipes), *([theirs.fileno()] if calls else [])])
         for fd in (file, *(w for _, w in pipes)): os.close(fd)
         if calls: theirs.close()
-        self.socket, self.said = ours, b''
+        self.socket, self.said, self.odd = ours, b'', {}
 
     def _pump(self): # whatever comes next
         left = self.start + self.limits['seconds'] - time.monotonic()
@@ -247,6 +271,9 @@ class Player:
         try: return json.loads(line)
         except ValueError: raise Ended('error', 'an answer that is none') from None
 
+    def known(self, number, kind=''): # one `Odd` for one object
+        return self.odd.setdefault(number, Odd(number, kind, self.ask))
+
     def ask(self, **question):
         try: self.socket.sendall(json.dumps(question).encode() + b'\n')
         except (OSError, AttributeError): pass # `line` finds out why
@@ -254,7 +281,8 @@ class Player:
         if 'error' in reply:
             kind = getattr(builtins, str(reply['error'][0]), None)
             raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else ProgramError)(str(reply['error'][1]))
-        return reply
+        value = unpack(reply['value'], self.known)
+        return (value, [unpack(a, self.known) for a in reply['args']]) if 'args' in question else value
 
 def outcome_of(code, player): # status and message of an exit code
     if code == 0: return 'passed', ''
@@ -274,23 +302,10 @@ def same_output(said, expected): # token by token; numbers with a point may diff
         except ValueError: return False
     return len(a) == len(b) and all(map(equal, a, b))
 
-def _proxies(player): # names of the program, as the tests see them
-    def call(name):
-        def f(*args, **kw):
-            reply = player.ask(name=name, args=[pack(a) for a in args], kw={k: pack(a) for k, a in kw.items()})
-            for old, new in zip(args, map(unpack, reply['args'])):
-                if type(old) is not type(new): continue
-                if isinstance(old, (list, bytearray)): old[:] = new
-                elif isinstance(old, (dict, set)): old.clear(); old.update(new)
-            return unpack(reply['value'])
-        f.__name__ = name
-        return f
-    return {k: unpack(v[0]) if v else call(k) for k, v in player.line().items()}
-
-def _asserts(player, tests, inside=False): # statements; `inside`: where the program is
-    names, run = {'__name__': 'tests', **_proxies(player)}, player.ask if inside else None
+def _asserts(player, tests): # statements, with the program's names
+    names = {**{k: unpack(v, player.known) for k, v in player.line().items()}, '__name__': 'tests'}
     for i, test in enumerate(tests):
-        try: run(statement=test) if inside else exec(compile(test, f'test {i+1}', 'exec'), names)
+        try: exec(compile(test, f'test {i+1}', 'exec'), names)
         except Ended: raise
         except AssertionError: raise Ended('failed', f'test {i+1}: {test.strip()[:200]}') from None
         except (Exception, RecursionError) as e: raise Ended('error', f'test {i+1}: {type(e).__name__}: {str(e)[:300]}') from None
@@ -309,7 +324,7 @@ def _judge(channel, limits, tests): # status, message, player
         else:
             player = Player(channel, limits, calls=True)
             statements = tests['tests'] if kind == 'asserts' else [tests['test'] + f"\ncheck({tests['entry_point']})"]
-            _asserts(player, statements, bool(tests.get('setup')))
+            _asserts(player, statements)
         return 'passed', '', player
     except Ended as e: return e.status, e.message, player
 

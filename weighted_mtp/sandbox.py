@@ -35,7 +35,7 @@ def _jail(): return str(Path(__file__).with_name('jail.py')) if '__file__' in gl
 
 def judge(
     program:str, # Python
-    tests:dict, # kind script (stdin), stdio (tests: [input, expected output]), asserts (setup, tests) or humaneval (test, entry_point)
+    tests:dict, # kind script (stdin), stdio (tests: [input, expected output]), asserts (tests, and setup for what stands before the program) or humaneval (test, entry_point)
     timeout:float=10., # Seconds, for each input of its own
     memory_mb:int=512, # Of each process
     walls:bool=True, # False: without namespaces, as where the kernel has none
@@ -43,7 +43,7 @@ def judge(
     "Run a program against tests that it cannot see."
     with tempfile.TemporaryDirectory(prefix='wmtp-jail-') as folder:
         runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
-        parts = [json.dumps(x).encode() for x in (dict(program=''.join(filter(None, [tests.get('setup'), tests.get('setup') and '\n', program])), limits=_limits(timeout, memory_mb, folder, walls)), tests)]
+        parts = [json.dumps(x).encode() for x in (dict(program='\n'.join(filter(None, [tests.get('setup'), program])), limits=_limits(timeout, memory_mb, folder, walls)), tests)]
         p = subprocess.Popen([sys.executable, '-I', '-S', '-X', 'utf8', _jail()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd='/', start_new_session=True)
         try: out, err = p.communicate(b''.join(struct.pack('Q', len(x)) + x for x in parts), timeout=timeout*runs + 10)
         except subprocess.TimeoutExpired: p.kill(); p.communicate(); return Result('timeout', message='a test did not end')

@@ -102,7 +102,7 @@ def _codecontests(row, languages):
 
 def _mbpp(row, languages):
     tests = row['test_list']
-    return Problem(f"mbpp/{row['task_id']}", row['text'], dict(kind='asserts', setup=_lf(row['test_setup_code']), tests=tests + list(row['challenge_test_list'])),
+    return Problem(f"mbpp/{row['task_id']}", row['text'], dict(kind='asserts', tests=[t for t in (_lf(row['test_setup_code']), *tests, *row['challenge_test_list']) if t]),
                    input='Your code should pass these tests:\n' + '\n'.join(tests), difficulty=1, source='mbpp', solutions=[(_lf(row['code']), True)])
 
 def _humaneval(row, languages):

@@ -229,6 +229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'weighted_mtp.jail.outcome_of': ('jail.html#outcome_of', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.pack': ('jail.html#pack', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.play': ('jail.html#play', 'weighted_mtp/jail.py'),
+                                   'weighted_mtp.jail.reachable': ('jail.html#reachable', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.same_output': ('jail.html#same_output', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.unpack': ('jail.html#unpack', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.unshare': ('jail.html#unshare', 'weighted_mtp/jail.py')},

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMESPACES', 'USER', 'RDONLY', 'NOSUID', 'NODEV', 'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'PIVOT_ROOT', 'CAPSET',
-           'MEMORY', 'unshare', 'build_room', 'drop', 'Odd', 'pack', 'unpack', 'limit', 'play', 'nursery', 'Ended',
-           'ProgramError', 'Player', 'outcome_of', 'same_output', 'main']
+           'MEMORY', 'unshare', 'build_room', 'reachable', 'drop', 'Odd', 'pack', 'unpack', 'limit', 'play', 'nursery',
+           'Ended', 'ProgramError', 'Player', 'outcome_of', 'same_output', 'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
 import ast, builtins, ctypes, json, os, resource, select, signal, socket, struct, sys, time, traceback
@@ -59,11 +59,20 @@ def build_room(base, disk_mb): # mount namespace only: the new root, and into it
 
 PIVOT_ROOT, CAPSET = {'aarch64': (41, 91)}.get(os.uname().machine, (155, 126))
 
-def drop(uid=None): # every privilege, for good
-    if uid is not None: os.setgroups([]); os.setgid(uid); os.setuid(uid)
+def reachable(path): # by any user
+    while path != '/':
+        if not os.stat(path).st_mode & 0o001: return False
+        path = os.path.dirname(path)
+    return True
+
+def drop(uid=None, read=False): # every privilege, for good; `read`: but that of reading, where the interpreter itself lies under root's home
+    if uid is not None:
+        if read: _libc.prctl(8, 1, 0, 0, 0) # keep capabilities for a moment
+        os.setgroups([]); os.setgid(uid); os.setuid(uid)
     _libc.prctl(38, 1, 0, 0, 0) # no new privileges
     for cap in range(41): _libc.prctl(24, cap, 0, 0, 0) # none may be regained
-    _libc.syscall(CAPSET, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', *[0]*6))
+    keep = 1 << 2 if read and uid is not None else 0 # CAP_DAC_READ_SEARCH
+    _libc.syscall(CAPSET, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', keep, keep, 0, 0, 0, 0))
 
 # %% ../nbs/06_jail.ipynb #b8798412
 class Odd:
@@ -193,7 +202,7 @@ def _serve(calls, names):
         answer(reply)
 
 def nursery(channel, program, limits, uid): # forks a player for every set of files that comes, says how it ended
-    drop(uid)
+    drop(uid, limits['read'])
     while True:
         word, fds, _, _ = socket.recv_fds(channel, 16, 4)
         if not word: os._exit(0)
@@ -203,7 +212,7 @@ def nursery(channel, program, limits, uid): # forks a player for every set of fi
             calls = socket.socket(fileno=fds[3]).makefile('rw', encoding='utf-8', errors='surrogatepass') if len(fds) > 3 else None
             for fd in fds[:3]: os.close(fd)
             os.setsid(); os.environ.clear(); os.chdir('/tmp' if limits['walls'] else limits['folder'])
-            sys.stdin, sys.stdout, sys.stderr = (open(i, m, encoding='utf-8', errors=e, closefd=False) for i, m, e in ((0, 'r', 'surrogateescape'), (1, 'w', 'surrogateescape'), (2, 'w', 'backslashreplace')))
+            sys.stdin, sys.stdout, sys.stderr = (open(i, m, encoding='utf-8', errors=e, closefd=False) for i, m, e in ((0, 'r', 'surrogateescape'), (1, 'w', 'surrogatepass'), (2, 'w', 'backslashreplace')))
             for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
             limit(limits)
             play(program, calls)
@@ -327,6 +336,7 @@ def _judge(channel, limits, tests): # status, message, player
             _asserts(player, statements)
         return 'passed', '', player
     except Ended as e: return e.status, e.message, player
+    except Exception as e: return 'error', f'an answer that is none ({type(e).__name__})', player
 
 # %% ../nbs/06_jail.ipynb #9b4bb4db
 def _exactly(n):
@@ -347,7 +357,7 @@ def _referee(job, uid):
     if limits['walls']: build_room(limits['folder'], limits['disk_mb'])
     if os.fork() == 0: _quiet(); here.close(); nursery(there, job['program'], limits, uid)
     there.close()
-    drop(None if uid is None else uid + 1)
+    drop(None if uid is None else uid + 1, limits['read'])
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0); _libc.prctl(4, 0, 0, 0, 0) # dies with its parent; nobody looks into it
     tests = _message()
     start = time.monotonic()
@@ -363,6 +373,7 @@ def main():
     job = _message()
     _libc.prctl(36, 1, 0, 0, 0) # orphans come to this process
     job['limits']['walls'] = job['limits']['walls'] and unshare()
+    job['limits']['read'] = not job['limits']['walls'] and not reachable(os.path.dirname(os.__file__))
     uid = 1_000_000 + 2*os.getpid() if os.getuid() == 0 else None # nobody else's
     if not job['limits']['walls'] and uid: os.chmod(job['limits']['folder'], 0o777)
     if (pid := os.fork()) == 0:

@@ -291,11 +291,11 @@ def _candidates(code, n, rng): # programs changed in one place
     try: plain = ast.unparse(ast.parse(code))
     except SyntaxError: return None, []
     out = {}
-    for _ in range(6*n):
+    for _ in range(5*n):
         try: out[mutate(plain, rng)] = None
         except (IndexError, ValueError, AttributeError): pass # nothing in it that could be changed, or not into a program
     out.pop(plain, None)
-    return plain, list(out)[:3*n]
+    return plain, list(out)[:2*n]
 
 def add_mutants(
     folder, # A data set as `convert` makes it, with tests of the kind `asserts`

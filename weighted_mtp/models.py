@@ -70,6 +70,7 @@ class MTPOutput(ModelOutput):
     logits: torch.Tensor|None = None # (B, T, V) of head 1, or (B, T, n, V); None beside a loss, which does without them
     token_ce: torch.Tensor|None = None # (B, T, n) float32, detached, source-indexed: beside a loss
     past_key_values: object = None
+    trunk: object = None # Arguments and keywords of the trunk's last block, for those who run the other heads
 
 # %% ../nbs/03_models.ipynb #be93cb28
 class MTPForCausalLM(BackboneModel, GenerationMixin):
@@ -100,7 +101,7 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
     def hidden_states(self,
         n:int, # Heads wanted, from the first on
         **kw, # input_ids, attention_mask and whatever else the decoder takes
-    ): # (B, T, n, D) after the shared norm, and the decoder's output
+    ): # (B, T, n, D) after the shared norm, the decoder's output, and what its last block was called with
         "What each head hands to the unembedding."
         decoder, call = self.backbone.get_decoder(), {}
         def note(module, args, kwargs): call.update(args=args, kwargs=kwargs)
@@ -108,21 +109,21 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         try: out = decoder(**kw)
         finally: hook.remove()
         heads = [out.last_hidden_state] + [decoder.norm(h(*call['args'], **call['kwargs'])) for h in self.extra_heads[:n-1]]
-        return torch.stack(heads, 2), out
+        return torch.stack(heads, 2), out, (call['args'], call['kwargs'])
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, weights=None, normalizer=None, return_all_heads=False, logits_to_keep=0, **kw):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, weights=None, normalizer=None, return_all_heads=False, logits_to_keep=0, return_trunk=False, **kw):
         """Logits, or with `labels` (B, T) the weighted MTP loss straight from the hidden states (`losses.mtp_loss`).
         `weights`: (B, T) by target, (B, T, n) by source and head, or a function that makes them from the detached token losses (B, T, n)."""
         n, W = self.config.n_future_tokens, self.get_output_embeddings().weight
         if labels is not None or return_all_heads: kw.setdefault('use_cache', False) # a cache made by the backbone has no place for the other heads
-        hidden, out = self.hidden_states(n if labels is not None or return_all_heads else 1, input_ids=input_ids, attention_mask=attention_mask, **kw)
+        hidden, out, trunk = self.hidden_states(n if labels is not None or return_all_heads else 1, input_ids=input_ids, attention_mask=attention_mask, **kw)
         if labels is not None:
             if callable(weights): weights = weights(mtp_token_cross_entropy(hidden, W, labels))
             loss, token_ce = mtp_loss(hidden, W, labels, weights, normalizer)
             return MTPOutput(loss=loss, token_ce=token_ce)
         hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = self.get_output_embeddings()(hidden if return_all_heads else hidden[:, :, 0])
-        return MTPOutput(logits=logits, past_key_values=out.past_key_values)
+        return MTPOutput(logits=logits, past_key_values=out.past_key_values, trunk=trunk if return_trunk else None)
 
 AutoConfig.register(MTPConfig.model_type, MTPConfig, exist_ok=True)
 AutoModelForCausalLM.register(MTPConfig, MTPForCausalLM, exist_ok=True)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -17,37 +18,72 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .config import UserError
 from .models import MTPForCausalLM
 
-# %% ../nbs/09_generation.ipynb #49240f0c
+# %% ../nbs/09_generation.ipynb #b25dc313
+class _Heads:
+    "Heads 2 to n at the newest position: one block after the other, whatever kind of block it is."
+    def __init__(self, model): self.model, self.cache, self.seen = model, DynamicCache(), 0
+
+    def __call__(self, trunk, new): # arguments of the trunk's last block, how many of its positions count -> (n - 1, D)
+        (x, *rest), kw = trunk
+        x, before = x[:, :new], self.seen
+        self.seen += new
+        mask = torch.ones(new, self.seen, dtype=torch.bool, device=x.device).tril(before)[None, None] if new > 1 else None # the new see what was there, and each other backwards
+        kw = {**kw, 'position_embeddings': tuple(t[:, :new] for t in kw['position_embeddings']), 'attention_mask': mask, 'past_key_values': self.cache}
+        if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
+        return torch.cat([h(x, *rest, **kw)[:, -1] for h in self.model.extra_heads])
+
+_LLAMA = {f'{n}.weight' for n in ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')}
+
+class _LlamaHeads:
+    "The same for Llama's blocks, all heads at once: on small models the number of operations is what takes the time."
+    @staticmethod
+    def fits(model): return type(model.backbone).__name__ in ('LlamaForCausalLM', 'MistralForCausalLM') and all(dict(h.named_parameters()).keys() == _LLAMA for h in model.extra_heads)
+
+    def __init__(self, model):
+        heads, c = model.extra_heads, model.backbone.config
+        self.w = {n.removesuffix('.weight').split('.')[-1]: torch.stack([h.get_parameter(n).detach() for h in heads]) for n in _LLAMA}
+        self.w = {k: w.transpose(1, 2) if w.dim() == 3 else w[:, None] for k, w in self.w.items()} # (heads, in, out); (heads, 1, D)
+        self.n, self.eps, self.d = len(heads), c.rms_norm_eps, heads[0].self_attn.head_dim
+        self.kv, self.seen = None, 0
+
+    def _norm(self, x, name): return F.rms_norm(x, x.shape[-1:], None, self.eps)*self.w[name]
+    def _split(self, x): return x.view(self.n, x.shape[1], -1, self.d).transpose(1, 2)
+
+    def __call__(self, trunk, new):
+        (x, *_), kw = trunk
+        x, w = x[0, :new], self.w
+        self.seen += new
+        cos, sin = (t[0, :new] for t in kw['position_embeddings'])
+        def turn(y, cos, sin): a, b = y.chunk(2, -1); return y*cos + torch.cat([-b, a], -1)*sin
+        h = self._norm(x, 'input_layernorm') # (heads, new, D)
+        k, v = turn(self._split(h @ w['k_proj']), cos, sin), self._split(h @ w['v_proj'])
+        self.kv = (k, v) if self.kv is None else (torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2))
+        q = turn(self._split(h[:, -1:] @ w['q_proj']), cos[-1:], sin[-1:])
+        y = F.scaled_dot_product_attention(q, *self.kv, enable_gqa=q.shape[1] != self.kv[0].shape[1]).transpose(1, 2).reshape(self.n, 1, -1)
+        y = x[-1:] + y @ w['o_proj']
+        g = self._norm(y, 'post_attention_layernorm')
+        return (y + (F.silu(g @ w['gate_proj'])*(g @ w['up_proj'])) @ w['down_proj'])[:, 0]
+
+# %% ../nbs/09_generation.ipynb #cb3a6977
 class HeadCandidates(CandidateGenerator):
     "Drafts by heads 2 to n of the model that checks them."
     requires_model_outputs, model_kwargs_overrides = True, {'return_trunk': True}
 
     def __init__(self, model, logits_processor, do_sample, max_length):
         self.model, self.processor, self.do_sample, self.max_length = model, logits_processor, do_sample, max_length
-        self.cache, self.seen = DynamicCache(), 0
+        self.heads = (_LlamaHeads if _LlamaHeads.fits(model) else _Heads)(model)
         self.passes = self.drafted = self.accepted = 0
 
     def get_candidates(self, input_ids, model_kwargs=None, model_outputs=None, is_first_iteration=False, n_last_matches=0, **kw):
         self.passes += 1
         if is_first_iteration: return input_ids, None # the prompt's own pass
-        hidden = self._heads(model_outputs.trunk, input_ids.shape[1] - 1 - self.seen)[:max(0, self.max_length - input_ids.shape[1] - 1)]
+        hidden = self.heads(model_outputs.trunk, input_ids.shape[1] - 1 - self.heads.seen)[:max(0, self.max_length - input_ids.shape[1] - 1)]
         if not len(hidden): return input_ids, None
-        logits = self.model.get_output_embeddings()(hidden).float()
-        for row in range(len(logits)): logits[row:row+1] = self.processor(input_ids, logits[row:row+1])
+        logits = self.model.get_output_embeddings()(self.model.backbone.get_decoder().norm(hidden)).float()
+        if len(self.processor): logits = torch.cat([self.processor(input_ids, row) for row in logits.split(1)])
         drafts = torch.multinomial(logits.softmax(-1), 1)[:, 0] if self.do_sample else logits.argmax(-1)
         self.drafted += len(drafts)
         return torch.cat([input_ids, drafts[None]], 1), logits[None]
-
-    def _heads(self, trunk, new): # what heads 2 to n make of the newest position: (n - 1, D)
-        (x, *rest), kw = trunk
-        x, decoder = x[:, :new], self.model.backbone.get_decoder()
-        before, self.seen = self.seen, self.seen + new
-        cos, sin = (t[:, :new] for t in kw['position_embeddings'])
-        mask = None
-        if new > 1: mask = torch.ones(new, before + new, dtype=torch.bool, device=x.device).tril(before)[None, None] # the new see what was there, and each other backwards
-        kw = {**kw, 'position_embeddings': (cos, sin), 'attention_mask': mask, 'past_key_values': self.cache}
-        if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
-        return torch.cat([decoder.norm(h(x, *rest, **kw)[:, -1]) for h in self.model.extra_heads])
 
     def update_candidate_strategy(self, input_ids, scores, num_matches): self.accepted += int(num_matches)
 
@@ -57,7 +93,7 @@ def _get_candidate_generator(self:MTPForCausalLM, generation_config, *args, logi
     self.last_drafts = HeadCandidates(self, logits_processor, generation_config.do_sample, generation_config.max_length)
     return self.last_drafts
 
-# %% ../nbs/09_generation.ipynb #120d32f1
+# %% ../nbs/09_generation.ipynb #9abaeb66
 @dataclass
 class Generation:
     text: str # Without the prompt, cut before a stop string

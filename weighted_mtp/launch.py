@@ -26,7 +26,7 @@ def _failure(folder, record): # the message of a run that did not complete
     name, code, log = record['name'], record.get('exit_code'), folder/'log.txt'
     if record['status'] == 'stopped': return f"Run {name} was stopped. Its log: {short_path(log)}"
     own = folder/'error.txt' # left by the process that failed first
-    said = own.read_text(encoding='utf-8').splitlines() if own.is_file() else _last_words(log_tail(folder, 80))
+    said = own.read_text(encoding='utf-8').splitlines() if own.is_file() else _last_words(log_tail(folder, 400))
     why = record.get('note') or (f"killed by signal {-code}{': often a sign of too little memory' if code == -9 else ''}" if code and code < 0 else f'exit code {code}')
     return '\n'.join([f"Run {name} failed ({why}).", *said, f"Its log: {short_path(log)}"])
 
@@ -35,10 +35,10 @@ _FELL_FIRST = re.compile(r'Root Cause.*? rank +: (\d+).*? exitcode +: (-?\d+) \(
 def _last_words(lines): # of a log's end: what a traceback comes to; if it is torchrun's, who fell first and what was said before
     start = next((i for i, line in enumerate(lines) if line.startswith('Traceback ')), None)
     if first := _FELL_FIRST.search('\n'.join(lines)):
-        own = [line for line in lines[:start] if not re.match(r'[IWE]\d{4} ', line)] # not torchrun's
-        crash = [line[line.index('Fatal Python error'):] for line in own if 'Fatal Python error' in line][:1] # Python's, with the stacks of all threads
-        stack = next((i for i, line in enumerate(own) if line.startswith('Current thread')), len(own))
-        return [*(crash + own[stack:stack+8] if crash else own[-6:]), f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
+        own = [line for line in lines[:start] if not re.match(r'[IWE]\d{4} |Extension modules', line)] # not torchrun's
+        crash = next((i for i, line in enumerate(own) if 'Fatal Python error' in line), None) # C++ says why above it; below stand the stacks, in a thread of C++ those of the others
+        said = own[-6:] if crash is None else [line for line in own[:crash][-4:] if re.search(r'terminate called|what\(\)', line)] + own[crash:crash+60]
+        return [*said, f"The process of rank {first[1]} ended first, with exit code {first[2]} {first[3]}".rstrip()]
     return lines[-6:] if start is None else lines[-1:]
 
 def _vessl_failure(folder, record):

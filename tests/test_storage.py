@@ -1,4 +1,4 @@
-"""Data sets and models from the hub's own client, from files and into S3; the hub is a stand-in on loopback, S3 is moto."""
+"""Data sets and models from the hub's own client, from files and into S3 and VESSL's volumes; the hub and VESSL are stand-ins on loopback, S3 is moto."""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
 from hub_service import Hub
 from test_remote import Server
+from vessl_service import TOKEN, Service
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent/'shared/data'
@@ -227,21 +228,49 @@ else:
     print(found)
     assert found['shards'] >= 3 and found['grown'] < 1.2*found['largest'], found
 
-def test_upload_to_s3(here, tmp_path_factory):
-    (here/'mbpp.jsonl').write_text('\n'.join(json.dumps(dict(task_id=i, text='t', code=f'x = {i}', test_list=['assert 1'], test_setup_code='', challenge_test_list=[])) for i in (100, 550, 700)))
-    setup(here, 'data', 'mbpp', '--from', str(here))
+KEYS = dict(aws_access_key_id='AKIAEXAMPLE', aws_secret_access_key='secret-example')
+
+@pytest.fixture
+def bucket(tmp_path_factory):
+    "A bucket `data` on an S3 server (moto)."
+    import boto3
     server = Server(tmp_path_factory.mktemp('s3'), '/moto-api/', ['moto_server', '-H', '127.0.0.1', '-p'])
-    env = dict(AWS_ENDPOINT_URL=server.uri, AWS_ACCESS_KEY_ID='AKIAEXAMPLE', AWS_SECRET_ACCESS_KEY='secret-example', AWS_EC2_METADATA_DISABLED='true')
     try:
         server.start()
-        import boto3
-        s3 = boto3.client('s3', endpoint_url=server.uri, aws_access_key_id='AKIAEXAMPLE', aws_secret_access_key='secret-example', region_name='eu-north-1')
+        s3 = boto3.client('s3', endpoint_url=server.uri, region_name='eu-north-1', **KEYS)
         s3.create_bucket(Bucket='data', CreateBucketConfiguration=dict(LocationConstraint='eu-north-1'))
-        assert '14 of 14 files sent' in setup(here, 'upload', 'datasets/mbpp', 's3://data/wmtp', **env).stdout
-        assert s3.get_object(Bucket='data', Key='wmtp/datasets/mbpp/train.jsonl')['Body'].read() == (here/'storage/datasets/mbpp/train.jsonl').read_bytes()
-        (here/'storage/datasets/mbpp/train.jsonl').write_text('{}\n')
-        assert '1 of 14 files sent' in setup(here, 'upload', 'datasets/mbpp', 's3://data/wmtp', **env).stdout
-        err = setup(here, 'upload', 'datasets/mbpp', 's3://nobucket/wmtp', code=2, **env).stderr
-        assert 's3://nobucket does not take' in err and 'secret-example' not in err
+        s3.at = server.uri
+        yield s3
     finally: server.kill()
-    assert 'is no place to upload to' in setup(here, 'upload', 'datasets/mbpp', '/tmp', code=2).stderr
+
+@pytest.fixture
+def mbpp(here):
+    (here/'mbpp.jsonl').write_text('\n'.join(json.dumps(dict(task_id=i, text='t', code=f'x = {i}', test_list=['assert 1'], test_setup_code='', challenge_test_list=[])) for i in (100, 550, 700)))
+    setup(here, 'data', 'mbpp', '--from', str(here))
+    return here/'storage/datasets/mbpp'
+
+def test_upload_to_s3(here, bucket, mbpp):
+    env = {**{k.upper(): v for k, v in KEYS.items()}, 'AWS_ENDPOINT_URL': bucket.at, 'AWS_EC2_METADATA_DISABLED': 'true'}
+    def held(key): return bucket.get_object(Bucket='data', Key=key)['Body'].read()
+    assert '14 of 14 files sent' in setup(here, 'upload', 'datasets/mbpp', 's3://data/wmtp', **env).stdout
+    assert held('wmtp/datasets/mbpp/train.jsonl') == (mbpp/'train.jsonl').read_bytes()
+    (mbpp/'train.jsonl').write_text('{}\n')
+    assert '1 of 14 files sent' in setup(here, 'upload', 'datasets/mbpp', 's3://data/wmtp', **env).stdout and held('wmtp/datasets/mbpp/train.jsonl') == b'{}\n'
+    err = setup(here, 'upload', 'datasets/mbpp', 's3://nobucket/wmtp', code=2, **env).stderr
+    assert 's3://nobucket does not take' in err and 'secret-example' not in err
+    for wrong in ('/tmp', 'volume://vessl-storage/datasets'): assert 'is no place to upload to' in setup(here, 'upload', 'datasets/mbpp', wrong, code=2).stderr
+
+def test_upload_to_a_volume_of_vessl(here, bucket, mbpp):
+    """The real client asks the stand-in where the volume lies, and sends the files to an S3 server there; a run imports the volume as storage/datasets."""
+    with Service() as service:
+        env = dict(VESSL_API_HOST=service.url, VESSL_ACCESS_TOKEN=TOKEN)
+        service.bucket = dict(bucket_name='data', region='eu-north-1', endpoint=bucket.at, force_path_style=True, s3_token=dict(session_token=None, access_key_id=KEYS['aws_access_key_id'], secret_access_key=KEYS['aws_secret_access_key']))
+        assert '14 of 14 files sent to volume://vessl-storage' in setup(here, 'upload', 'datasets/mbpp', **env).stdout
+        files = {o['Key']: bucket.get_object(Bucket='data', Key=o['Key'])['Body'].read() for o in bucket.list_objects_v2(Bucket='data')['Contents']}
+        assert files == {f.relative_to(here/'storage').as_posix(): f.read_bytes() for f in mbpp.rglob('*') if f.is_file()}
+        (here/'storage/downloads').mkdir(); (here/'storage/downloads/x').write_text('x')
+        assert 'no such' in (err := setup(here, 'upload', 'downloads/x', code=2, **env).stderr) and 'Traceback' not in err # no such volume
+        assert 'vessl configure' in setup(here, 'upload', 'datasets/mbpp', code=2, **{**env, 'VESSL_ACCESS_TOKEN': 'wrong'}).stderr
+        service.bucket['bucket_name'] = 'nobucket'
+        err = setup(here, 'upload', 'datasets/mbpp', code=2, **env).stderr
+        assert 'secret-example' not in err and 'Traceback' not in err and 'nobucket' in err, err

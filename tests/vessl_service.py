@@ -14,6 +14,7 @@ ORG, PROJECT = 'weighted-mtp', 'weighted-mtp'
 CLUSTER = 'vessl-kr-a100-80g-sxm'
 PRESETS = {'gpu-a100-80g-small': 1, 'gpu-a100-80g-medium': 2, 'gpu-a100-80g-large': 4}
 SECRETS = ['MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'HF_TOKEN']
+VOLUMES = ('models', 'datasets', 'checkpoints', 'mlruns')
 TOKEN = 'stand-in-access-token-1234'
 FAULTS = ('401', '429', '500', '503', 'hang', 'reset', 'lost', 'late', 'empty', 'html') # `lost`: carried out, no answer; `late`: carried out some time after the connection broke
 RUN_KEYS = {'name', 'description', 'tags', 'resources', 'image', 'import', 'mount', 'export', 'run', 'env', 'ports', 'interactive', 'service_account_name', 'termination_protection'}
@@ -23,6 +24,7 @@ class Service:
     "Start with `Service()`; `.url` is the address, `.runs` what was created, `.requests` every (method, path, body) seen."
     def __init__(self, pace=.4, hang=60., secrets=SECRETS, fault=lambda method, path: None):
         self.pace, self.hang, self.secrets, self.fault = pace, hang, list(secrets), fault
+        self.bucket = None # where its volumes lie: the fields of a federation, endpoint and keys of an S3 server
         self.runs, self.requests, self.headers, self.lock, self.delay = {}, [], [], threading.Lock(), 1.
         handler = type('Handler', (_Handler,), {'service': self})
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
@@ -115,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         if rest == '/clusters': return 200, dict(clusters=[dict(id=7, name=CLUSTER, available_gpus=['NVIDIA-A100-SXM4-80GB'])])
         if rest == '/clusters/7/resource_specs': return 200, dict(results=[dict(id=i, name=n, gpu_limit=g) for i, (n, g) in enumerate(PRESETS.items())])
         if rest == '/secrets': return 200, dict(secrets=[dict(credentials_name=n) for n in s.secrets])
+        v = re.match(r'/storages/vessl-storage/volumes/(\w+)/federate$', rest)
+        if v and v[1] in VOLUMES and s.bucket: return 200, dict(s.bucket, type='s3', path=v[1])
         p = re.match(rf'/projects/{PROJECT}(/.*)$', rest)
         if not p: return error(404, 'NotFound', 'no such project')
         return self._project(method, p[1], query, body)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .config import UserError, load_env, nearest, project_root, read_json, redact
+from .config import UserError, load_env, load_site, nearest, project_root, read_json, redact
 
 # %% ../nbs/15_storage.ipynb #03cf26b8
 def read_rows(
@@ -440,21 +440,20 @@ def verify(
 def upload(
     root, # The storage folder
     path, # What to upload of it, such as datasets/mbpp
-    to:str, # s3://BUCKET/PREFIX or volume://STORAGE/VOLUME; `path` is kept below it
+    to:str='', # s3://BUCKET/PREFIX, or volume://STORAGE, where `path` begins with the volume's name (default: `volume_root` of settings.ini)
 )->int: # How many files were sent
     "Copy a folder to where the cluster finds it. Raises `UserError` in words."
     folder = Path(root)/path
     files = [f for f in sorted(folder.rglob('*')) if f.is_file() and f.suffix != '.part'] if folder.is_dir() else [folder] if folder.is_file() else []
     if not files: raise UserError(f"{folder} holds nothing to upload.")
-    m = re.fullmatch(r'(s3|volume)://([^/]+)/?(.*?)/*', to)
-    if not m or (m[1] == 'volume' and not m[3]): raise UserError(f"{to!r} is no place to upload to: write s3://BUCKET/PREFIX or volume://STORAGE/VOLUME.")
-    send, sent = (_to_s3(m[2]) if m[1] == 's3' else _to_volume(m[2], m[3])), 0
-    prefix = m[3] if m[1] == 's3' else '/'.join(m[3].split('/')[1:])
+    m = re.fullmatch(r'(s3)://([^/]+)/?(.*?)/*|(volume)://([^/]+)/?', to := to or load_site().volume_root)
+    if not m: raise UserError(f"{to!r} is no place to upload to: write s3://BUCKET/PREFIX or volume://STORAGE. In a storage of VESSL the first part of the path names the volume, as in settings.ini.")
+    send, prefix, sent = _to_s3(m[2]) if m[1] else _to_volume(m[5]), m[3], 0
     with tqdm(total=sum(f.stat().st_size for f in files), unit='B', unit_scale=True, desc=to, mininterval=1) as bar:
         for f in files:
             sent += send(f, '/'.join(filter(None, (prefix, f.relative_to(root).as_posix()))))
             bar.update(f.stat().st_size)
-    print(f"{folder}: {sent} of {len(files)} files sent to {to}, the others were there", flush=True)
+    print(f"{folder}: {sent} of {len(files)} files sent to {to}" + ('' if sent == len(files) else ', the others were there'), flush=True)
     return sent
 
 def _to_s3(bucket): # a function that sends a file, unless it is there
@@ -477,11 +476,11 @@ def _to_s3(bucket): # a function that sends a file, unless it is there
         except (BotoCoreError, ClientError, S3UploadFailedError) as e: raise UserError(f"s3://{bucket} does not take {file} ({redact(str(e))[:200]}). Check the bucket's name, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in .env.") from None
     return send
 
-def _to_volume(storage, path): # likewise; VESSL's client cannot say whether it is there
+def _to_volume(storage): # likewise; whether it is there VESSL's client cannot say
     from weighted_mtp.vessl_client import VESSL
-    volume = path.split('/')[0]
     def send(file, key):
-        VESSL.ask('upload', wait=max(600, file.stat().st_size/1e6), source=str(file.resolve()), storage=storage, volume=volume, folder=str(Path(key).parent))
+        volume, *folder, _ = key.split('/')
+        VESSL.ask('upload', wait=max(600, file.stat().st_size/1e6), source=str(file.resolve()), storage=storage, volume=volume, folder='/'.join(folder)) # a megabyte a second, at least
         return 1
     return send
 
@@ -500,7 +499,7 @@ def _options():
     sub.add_parser('verify', help='check everything that is there; exit code 1 if anything is not right')
     u = sub.add_parser('upload', help='upload a folder', description='Upload what lies under storage/ to S3 or a VESSL volume.')
     u.add_argument('path', help='such as datasets/mbpp')
-    u.add_argument('to', help='s3://BUCKET/PREFIX or volume://STORAGE/VOLUME')
+    u.add_argument('to', nargs='?', default='', help='s3://BUCKET/PREFIX or volume://STORAGE (default: volume_root of settings.ini); the path is kept, in volume:// its first part names the volume')
     for x in sub.choices.values(): x.add_argument('--storage', metavar='FOLDER', help="default: the project's storage")
     return p
 

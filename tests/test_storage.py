@@ -1,10 +1,11 @@
 """Data sets and models from the hub's own client, from files and into S3 and VESSL's volumes; the hub and VESSL are stand-ins on loopback, S3 is moto."""
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
 from hub_service import Hub
+from test_launch import wmtp
 from test_remote import Server
 from vessl_service import TOKEN, Service
 
@@ -106,6 +107,27 @@ with pq.ParquetWriter('made/train-00000-of-00001.parquet', schema) as w:
         w.write_table(pa.Table.from_pylist([dict(name=f'{p}_A', description='Add the numbers. '*50, public_tests=tests, private_tests=tests, generated_tests=tests, source=2, difficulty=p%26, solutions=some(each//2, 'a'),
                       incorrect_solutions=some(each - each//2, 'b'), time_limit=dict(seconds=1, nanos=0), memory_limit_bytes=2**28)], schema))
 '''
+
+def test_dry_runs_of_the_production_configs(here):
+    """Plan, estimate and the statistics of their data, for each of them and either number of GPUs; and without data a word about it."""
+    import shutil
+    shutil.rmtree(here/'configs'); shutil.copytree(REPO/'configs', here/'configs'); (here/'home').mkdir(); (here/'.env').write_text((REPO/'.env.example').read_text())
+    requests = [(p, n) for p in ('critic', 'baseline', 'verifiable', 'rho1', 'ntp', 'ref_tuning') for n in (1, 4)]
+    def told(pipeline, ngpus):
+        words = [pipeline, '--ngpus', str(ngpus), '--dry-run', *(['--critic-checkpoint', 'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'] if pipeline == 'verifiable' else [])]
+        done = wmtp(here, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    steps = dict(critic=(14, 8), rho1=(7, 2)) # of 200 pairs, and of 200 solutions 32 at a time
+    assert 'nothing is known of storage/datasets/codecontests/train.jsonl here' in told('critic', 4)
+    (here/'made').mkdir()
+    subprocess.run([sys.executable, '-c', MADE, '40', '10'], cwd=here, check=True)
+    setup(here, 'data', 'codecontests', '--from', 'made')
+    for pipeline, ngpus in requests:
+        out = told(pipeline, ngpus)
+        assert f'run_{pipeline} --config configs/{pipeline}/' in out and 'effective batch' in out
+        assert 'train: 40 problems, 200 correct and 200 incorrect solutions' in out, out
+        assert re.search(r'memory per GPU +[\d.]+ GB of 80', out) and re.search(rf'time +[\d.]+ s a step × {steps.get(pipeline, (9, 3))[ngpus == 4]} steps', out), out
 
 def test_memory_of_a_large_train_split(here):
     """From Parquet to our files and on to tokens and pairs, below 2 GB whatever the size: a million solutions with WMTP_ALL=1 (some minutes), fifty thousand without."""

@@ -8,7 +8,7 @@ __all__ = ['VOCAB', 'KNOWN', 'FIXED', 'SCATTERED', 'LIMIT', 'PEAK', 'SHARE', 'TH
            'estimate']
 
 # %% ../nbs/10_estimate.ipynb #82333c80
-import os, re
+import math, os, re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -266,12 +266,14 @@ def estimate(
     gpu:bool=True, # False: this machine's CPU
     price:float|None=None, # Of a GPU hour
     measured:float|None=None, # Seconds a step of an earlier run of these sizes, as `measured_step` finds them
+    there:int|None=None, # Pairs or solutions that the data set can give at most, where that is known
 )->Estimate|None: # None where nothing is known of the model (or, for `evaluation`, of the work)
     "Memory per GPU, time and cost of a training run."
     c = _attributes(config)
     a = architecture(c.model)
     if a is None or c.pipeline == 'evaluation': return None
-    p, memory, steps = count_parameters(c, a), memory_parts(c, a, ngpus, gpu), total_steps(c.data_sampling.n_samples, c.training, ngpus)
+    p, memory = count_parameters(c, a), memory_parts(c, a, ngpus, gpu)
+    steps = total_steps(min(c.data_sampling.n_samples, there or math.inf), c.training, ngpus)
     seconds, basis = (measured, 'measured: a run of the same sizes') if measured else _step_seconds(c, a, ngpus, gpu)
     hours = seconds*steps/3600*(2 if c.pipeline == 'critic' and c.critic.blind_yardstick else 1)
     how = f'extrapolated: {f"{a.name} on a GPU" if gpu else "this model"} by the formula that fits measured peaks of micro models on a CPU, all sequences {c.dataset.max_length} long'

@@ -266,7 +266,7 @@ class Plan:
     def estimate(self)->Estimate|None:
         "Memory, time and cost; None where the architecture is not known. Not part of the plan: records of other runs make it better."
         n, gpu = self.request['ngpus'], self.target == 'vessl'
-        return estimate(self.resolved, n, gpu, load_site().price_per_gpu_hour if gpu else None, measured_step(self.resolved, n, self.target))
+        return estimate(self.resolved, n, gpu, load_site().price_per_gpu_hour if gpu else None, measured_step(self.resolved, n, self.target), _there(self))
     def __repr__(self): return '\n'.join(f'{k:16} {v}' for k, v in _summary(self))
     def _repr_html_(self):
         left = 'style="text-align:left;vertical-align:top"'
@@ -281,15 +281,20 @@ def _summary(plan): # rows that a person reads before launching
     for w in plan.warnings: yield 'warning', w
     for b in plan.blockers: yield 'before launching', b
 
-def _data_rows(plan): # what is known of its data
-    d = plan.resolved['dataset']
-    folder = project_root()/Path(d['train']).parent
+def _splits(plan): # what its data set is known to hold, by split
+    folder = project_root()/Path(plan.resolved['dataset']['train']).parent
     try: facts = read_json(folder/'dataset.json')
-    except UserError:
-        if not d['embedded'] and plan.target == 'local': yield 'data', f"{d['train']} has no statistics here (wmtp-setup data makes a data set with them)"
-        return
-    splits = {k: dict(s, incorrect=s.get('incorrect', s.get('solutions', 0) - s['correct'])) for k, s in facts.get('splits', facts.get('counts', {})).items()}
+    except UserError: return {}
+    return {k: dict(s, incorrect=s.get('incorrect', s.get('solutions', 0) - s['correct'])) for k, s in facts.get('splits', facts.get('counts', {})).items()}
+
+def _there(plan): # pairs or solutions to train on, at most
+    s = _splits(plan).get('train')
+    return s and (min(s['correct'], s['incorrect']) if plan.resolved['pipeline'] == 'critic' else s['correct'])
+
+def _data_rows(plan): # what is known of its data
+    splits, d = _splits(plan), plan.resolved['dataset']
     for split, s in splits.items(): yield 'data', f"{split}: {s['problems']:,} problems, {s['correct']:,} correct and {s['incorrect']:,} incorrect solutions"
+    if not splits and not d['embedded']: yield 'data', f"nothing is known of {d['train']} here (wmtp-setup data makes a data set with its statistics)"
 
 def estimate_rows(
     plan:Plan,

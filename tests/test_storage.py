@@ -85,7 +85,7 @@ def test_errors_of_the_hub(here, hub):
 def test_real_mbpp_and_gsm8k(here):
     setup(here, 'data', 'mbpp', '--from', str(SHARED/'mbpp')); setup(here, 'data', 'gsm8k', '--from', str(SHARED/'gsm8k'))
     counts = {n: {k: s['problems'] for k, s in json.loads((here/f'storage/datasets/{n}/dataset.json').read_text())['splits'].items()} for n in ('mbpp', 'gsm8k')}
-    assert counts['mbpp'] == dict(train=374, validation=90, test=500) # Austin et al. 2021
+    assert counts['mbpp'] == dict(train=374, validation=90, test=500, prompt=10) # Austin et al. 2021
     assert counts['gsm8k']['test'] == 1319 and counts['gsm8k']['train'] + counts['gsm8k']['validation'] == 7473
     problems = [json.loads(l) for l in (here/'storage/datasets/mbpp/test.problems.jsonl').read_text().splitlines()]
     assert all(len(p['tests']['tests']) >= 3 for p in problems)

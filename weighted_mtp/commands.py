@@ -64,7 +64,7 @@ def wmtp_launch(
     with _in_words(1): _follow(run)
 
 # %% ../nbs/14_commands.ipynb #52393601
-ACTIONS = ('list', 'show', 'logs', 'stop', 'relaunch')
+ACTIONS = ('list', 'show', 'logs', 'stop', 'relaunch', 'report')
 
 def _now(folder): # a record's status as it is, and why it may be old
     try: return Run(folder).status(), ''
@@ -88,7 +88,7 @@ def _show(run):
 
 @call_parse(pos=['name'])
 def wmtp_runs(
-    action:Annotated[str, {'choices': ACTIONS}], # list, show, logs, stop or relaunch
+    action:Annotated[str, {'choices': ACTIONS}], # list, show, logs, stop, relaunch or report
     name:str=None, # The record's name, a folder under runs/ (not for list)
     follow:bool=False, # logs, relaunch: stay until the run ends
 ):
@@ -100,6 +100,9 @@ def wmtp_runs(
     with _in_words(1):
         if action == 'show': _show(run)
         elif action == 'logs': run.logs(follow)
+        elif action == 'report':
+            from weighted_mtp.report import write_report # pictures take their time to load
+            print(write_report(run.folder))
         elif action == 'stop': print(f'{run.name}: {run.stop()}')
         else:
             run = relaunch(run.folder)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'ENV_HINT', 'UserError', 'nearest', 'write_text',
            'locked', 'read_json', 'flatten', 'project_root', 'Experiment', 'Dataset', 'DataSampling', 'Lora', 'Model',
-           'Critic', 'Training', 'Checkpoint', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys', 'check_config',
-           'apply_overrides', 'load_config', 'to_yaml', 'steps_per_epoch', 'total_steps', 'Site', 'load_site',
-           'load_env', 'vessl_tokens', 'known_secrets', 'redact']
+           'Critic', 'Training', 'Checkpoint', 'Evaluation', 'Fsdp', 'Distributed', 'Mlflow', 'Config', 'config_keys',
+           'check_config', 'apply_overrides', 'load_config', 'to_yaml', 'steps_per_epoch', 'total_steps', 'Site',
+           'load_site', 'load_env', 'vessl_tokens', 'known_secrets', 'redact']
 
 # %% ../nbs/00_config.ipynb #6bdca220
 import difflib, fcntl, json, math, os, re, time, tomllib
@@ -197,6 +197,19 @@ class Checkpoint:
     upload_to: str|None = None # s3://BUCKET/PREFIX: copy checkpoints to …/<pipeline>/<experiment.name>/ while training goes on, and keep as many
 
 @dataclass
+class Evaluation:
+    checkpoint: str|None = None # The policy to judge: a checkpoint of this package, or the folder of a transformers model
+    tokenizer: str|None = None # Folder or hub name (null: the checkpoint's own)
+    benchmarks: list[str] = field(default_factory=lambda: ['synthetic']) # synthetic, humaneval, mbpp, codecontests, gsm8k, or .jsonl files of problems
+    ks: list[int] = field(default_factory=lambda: [1]) # k of pass@k
+    samples: int|None = None # Answers a problem (null: the largest k)
+    temperature: float|None = None # 0: greedy (null: 0 for one sample, else 0.8)
+    top_p: float = 0.95
+    max_new_tokens: int = 512
+    limit: int|None = None # Only the first problems (null: all)
+    self_speculative: bool = True # Draft with the policy's own heads, where it has several
+
+@dataclass
 class Fsdp:
     sharding_strategy: str = 'FULL_SHARD' # FULL_SHARD | NO_SHARD
 
@@ -218,6 +231,7 @@ class Config:
     model: Model = field(default_factory=Model)
     critic: Critic = field(default_factory=Critic)
     training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     distributed: Distributed = field(default_factory=Distributed)
     mlflow: Mlflow = field(default_factory=Mlflow)
@@ -233,13 +247,14 @@ CHOICES = {'pipeline': PIPELINES,
 AT_LEAST_ONE = ('dataset.max_length', 'dataset.n_problems', 'data_sampling.n_samples', 'data_sampling.n_validation',
     'data_sampling.max_pairs_per_problem', 'model.n_future_tokens', 'model.lora.r', 'model.lora.alpha', 'model.hidden_size',
     'model.n_layers', 'model.n_heads', 'training.batch_size', 'training.gradient_accumulation_steps', 'training.cpu_threads',
-    'training.log_every', 'training.max_bad_steps', 'checkpoint.save_total_limit')
+    'training.log_every', 'training.max_bad_steps', 'checkpoint.save_total_limit', 'evaluation.samples', 'evaluation.max_new_tokens', 'evaluation.limit')
 RANGES = {'training.n_epochs': (0, None, False), 'training.learning_rate': (0, None, False), # low, high, low itself allowed
     'training.head_learning_rate': (0, None, False), 'training.max_grad_norm': (0, None, False), 'training.beta': (0, None, False),
     'training.weight_clip_min': (0, None, True), 'training.weight_clip_max': (0, None, False), 'training.weight_decay': (0, None, True),
     'checkpoint.save_checkpoint_every': (0, None, False), 'critic.pairwise_weight': (0, None, True),
     'critic.value_weight': (0, None, True), 'critic.lm_weight': (0, None, True),
     **{f'training.{k}': (0, 1, True) for k in ('gamma', 'td_lambda', 'td_lambda_end', 'td_lambda_hold', 'warmup_ratio', 'min_lr_ratio')},
+    'evaluation.temperature': (0, None, True), 'evaluation.top_p': (0, 1, False),
     'training.adam_beta1': (0, 1, True), 'training.adam_beta2': (0, 1, True),
     'training.k_percent': (0, 1, False), 'training.moments_momentum': (0, 1, False),
     'model.lora.dropout': (0, 1, True), 'critic.lm_first': (0, 1, True), 'critic.head_dropout': (0, 1, True)}
@@ -289,6 +304,8 @@ def _relations(config): # values that are possible alone but not together
         if any(x < 0 for x in w) or not sum(w) > 0: yield f"data_sampling.{key}: none below 0 and not all 0."
     if config.pipeline == 'critic' and not (c.pairwise_weight or c.value_weight):
         yield "critic.pairwise_weight and critic.value_weight are both 0: there is nothing to train."
+    if not config.evaluation.ks or any(k < 1 for k in config.evaluation.ks) or max(config.evaluation.ks) > (config.evaluation.samples or max(config.evaluation.ks)):
+        yield f"evaluation.ks = {list(config.evaluation.ks)}: whole numbers from 1 to evaluation.samples."
     if config.model.hidden_size % config.model.n_heads:
         yield f"model.hidden_size = {config.model.hidden_size} is not a multiple of model.n_heads = {config.model.n_heads}."
     if config.model.n_future_tokens >= config.dataset.max_length:

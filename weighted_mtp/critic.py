@@ -7,7 +7,7 @@ __all__ = ['sequence_stats', 'drop_near_mutation', 'pair_metrics', 'CriticObject
            'run_critic']
 
 # %% ../nbs/08_critic.ipynb #52ca8c29
-import time
+import json, time
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
 from transformers import set_seed
 
-from .config import UserError, apply_overrides
-from .data import KINDS, collate_pairs, encode_solutions, read_solutions, vocabulary_id
+from .config import UserError, apply_overrides, write_text
+from .data import KINDS, collate_pairs, encode_solutions, read_solutions, tokenizer_facts
 from .losses import pairwise_loss, value_loss
 from .models import build_value_model
 from .report import critic_picture, write_page
@@ -32,7 +32,7 @@ def sequence_stats(
     mask, # (B, T) response tokens
     logp, # (B, T) log-probability of each token under the backbone
     initial_value:float=0.5, # V before the first response token
-): # (B, 5): mean V, variance of V, spikiness of |delta|, correlation of V with position, mean log-probability
+): # (B, 6): mean V, variance of V, spikiness of |delta|, correlation of V with position, mean log-probability, tokens
     "How the value moves along each response."
     m = mask.float()
     position = torch.arange(m.shape[1], device=m.device, dtype=m.dtype).expand_as(m)
@@ -40,7 +40,7 @@ def sequence_stats(
     corr = (v*p).sum(-1) / ((v*v).sum(-1)*(p*p).sum(-1)).sqrt().clamp(min=1e-12)
     delta = td_errors(values, mask, initial_value=initial_value).abs()
     spike = delta.amax(-1) / _mean(delta, m).clamp(min=1e-12)
-    return torch.stack([_mean(values, m), _mean(v*v, m), spike, corr, _mean(logp, m)], -1)
+    return torch.stack([_mean(values, m), _mean(v*v, m), spike, corr, _mean(logp, m), m.sum(-1)], -1)
 
 # %% ../nbs/08_critic.ipynb #24895566
 def drop_near_mutation(
@@ -60,9 +60,13 @@ def drop_near_mutation(
     return torch.where(start[:, None] >= 0, torch.stack([hit, chance], -1), torch.nan)
 
 # %% ../nbs/08_critic.ipynb #3050da25
+def _correlation(x, y): # 0 where one of them does not move
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    return ((x*y).sum() / ((x*x).sum()*(y*y).sum()).sqrt().clamp(min=1e-12)).item()
+
 def pair_metrics(
-    good, # (N, 5) `sequence_stats` of the correct solutions
-    bad, # (N, 5) of the wrong ones
+    good, # (N, 6) `sequence_stats` of the correct solutions
+    bad, # (N, 6) of the wrong ones
     kind, # (N,) int: position in `data.KINDS`
     drops, # (N, 2) `drop_near_mutation` of the wrong ones
 )->dict: # name -> float
@@ -77,7 +81,7 @@ def pair_metrics(
                 f'pairwise_loss{suffix}': F.softplus(b[:, 0]-g[:, 0]).mean().item()}
     labels = [1]*len(good) + [0]*len(bad)
     out |= {'roc_auc': float(roc_auc_score(labels, both[:, 0].tolist())), 'value_variance': both[:, 1].mean().item(),
-            'delta_spikiness': both[:, 2].mean().item(), 'position_correlation': both[:, 3].mean().item(), 'pairs': float(len(good))}
+            'delta_spikiness': both[:, 2].mean().item(), 'position_correlation': both[:, 3].mean().item(), 'length_correlation': _correlation(both[:, 0], both[:, 5]), 'pairs': float(len(good))}
     known = ~drops[:, 0].isnan()
     if known.any(): out |= dict(zip(('drop_within_2', 'drop_within_2_random'), drops[known].mean(0).tolist()))
     return out
@@ -104,7 +108,7 @@ class CriticObjective:
         return torch.stack([(batch['labels'] != -100).any(1).view(2, B).all(0).sum(), (batch['labels'][:B, 1:] != -100).sum()]).float()
 
     def checkpoint_facts(self):
-        return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone, vocabulary=vocabulary_id(self.tokenizer))
+        return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone, **tokenizer_facts(self.tokenizer))
 
 # %% ../nbs/08_critic.ipynb #b6217917
 @patch
@@ -150,7 +154,9 @@ def evaluate(self:CriticObjective, trainer, split):
         rows.append(trainer.accelerator.gather_for_metrics(row).cpu())
     rows = torch.cat(rows)
     model.train()
-    return pair_metrics(rows[:, :5], rows[:, 5:10], rows[:, 10].long(), rows[:, 11:])
+    good, bad, kind = rows[:, :6], rows[:, 6:12], rows[:, 12].long()
+    self.pairs = dict(kind=[KINDS[k] for k in kind.tolist()], **{f'{side}_{what}': x[:, j].tolist() for side, x in (('good', good), ('bad', bad)) for what, j in (('value', 0), ('tokens', 5))})
+    return pair_metrics(good, bad, kind, rows[:, 13:])
 
 # %% ../nbs/08_critic.ipynb #3d28e813
 @torch.no_grad()
@@ -198,6 +204,7 @@ def run_critic(
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
+        if record_dir(): write_text(record_dir()/'critic_pairs.json', json.dumps(objective.pairs)) # for the report
         if config.critic.blind_yardstick: result['metrics'] |= {f'{split}/{k}': v for k, v in _blind(config, split).items()}
         picture = ''.join(picture_of_pair(trainer.model.eval(), objective.tokenizer, getattr(config.dataset, split), config.dataset.max_length, i) for i in range(3))
         if picture and record_dir(): result['pictures'].append(str(write_page(picture, record_dir()/'critic_tokens.html')))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'PolicyObjective', 'check_vocabulary', 'load_critic', 'load_reference', 'weight_statistics',
-           'VerifiableObjective', 'picture_of_weights', 'reference_by_head', 'Rho1Objective', 'run_policy']
+           'VerifiableObjective', 'extreme_tokens', 'reference_by_head', 'Rho1Objective', 'run_policy']
 
 # %% ../nbs/09_policies.ipynb #5f2628ac
-import re, time
+import json, os, re, time
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import AutoTokenizer
 
-from .config import UserError
-from .data import collate_solutions, vocabulary_id
+from .config import UserError, write_text
+from .data import collate_solutions, tokenizer_facts, vocabulary_id
 from .losses import mtp_counts
 from .models import build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
-from .report import weights_picture, write_page
+from .report import choice_picture, weights_picture, write_page
 from .sampling import load_solutions
-from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
+from .training import finish, fit, is_main, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import RunningMoments, advantage_weights, by_source, gae_advantages, select_tokens, selected_count
 
 # %% ../nbs/09_policies.ipynb #df8dde0a
@@ -52,7 +52,7 @@ class PolicyObjective:
         return out.loss, {'uniform_loss': by_head.mean(), **{f'loss_head_{k}': x for k, x in enumerate(by_head, 1)}}
 
     def checkpoint_facts(self):
-        return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone, vocabulary=vocabulary_id(self.tokenizer))
+        return dict(complete=self.config.model.tuning == 'full', backbone=self.config.model.backbone, **tokenizer_facts(self.tokenizer))
 
 # %% ../nbs/09_policies.ipynb #37ea7058
 def _stacked(rows): # batches of different lengths, one after the other
@@ -122,6 +122,7 @@ def weight_statistics(
 
 class VerifiableObjective(PolicyObjective):
     "Tokens weighted by the advantages of a frozen critic."
+    number = 'weight' # what `token_numbers` are
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
         self.critic, self.moments = load_critic(config.experiment.critic_checkpoint, tokenizer), RunningMoments(config.training.moments_momentum)
@@ -158,19 +159,55 @@ class VerifiableObjective(PolicyObjective):
     def load_state_dict(self, state): self.moments.load_state_dict(state['moments']); self.steps = state['steps']
 
 # %% ../nbs/09_policies.ipynb #efdeadba
-def picture_of_weights(
-    objective:VerifiableObjective,
-    sample, # A `data.Sample`
-)->str: # HTML
-    "One held-out program, coloured by what the critic makes of it."
-    device = next(objective.critic.parameters()).device
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in objective.collate([sample]).items()}
-    mask, advantages = batch['labels'] != -100, objective.advantages(batch)
-    with torch.no_grad(): values = objective.critic(batch['input_ids'], batch['attention_mask'], mask).values
-    rows = (x[0, sample.n_prompt:].tolist() for x in (values, advantages, objective.token_weights(advantages, mask)))
+def _batch_of(objective, sample): # one program, where its models are
+    device = next(objective.model.parameters()).device
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in objective.collate([sample]).items()}
+
+def _problem(objective, sample): # its text
     prompt = objective.tokenizer.decode(sample.ids[:sample.n_prompt])
-    problem = re.search(r'### Instruction:\n(.*?)\n\n### ', prompt, re.S)
-    return weights_picture(problem[1] if problem else prompt, [objective.tokenizer.decode([i]) for i in sample.ids[sample.n_prompt:]], *rows)
+    found = re.search(r'### Instruction:\n(.*?)\n\n### ', prompt, re.S)
+    return found[1] if found else prompt
+
+def _texts(objective, sample): return [objective.tokenizer.decode([i]) for i in sample.ids[sample.n_prompt:]]
+
+@patch
+@torch.no_grad()
+def token_numbers(self:VerifiableObjective, model, sample): # the weight of each response token
+    batch = _batch_of(self, sample)
+    return self.token_weights(self.advantages(batch), batch['labels'] != -100)[0, sample.n_prompt:].tolist()
+
+@patch
+@torch.no_grad()
+def picture(self:VerifiableObjective, model, sample):
+    batch = _batch_of(self, sample)
+    mask, advantages = batch['labels'] != -100, self.advantages(batch)
+    values = self.critic(batch['input_ids'], batch['attention_mask'], mask).values
+    return weights_picture(_problem(self, sample), _texts(self, sample), *(x[0, sample.n_prompt:].tolist() for x in (values, advantages, self.token_weights(advantages, mask))))
+
+def extreme_tokens(
+    objective, # Of a pipeline whose tokens differ: it has `token_numbers`
+    model, # The policy
+    samples, # Held-out solutions
+    n:int=12, # Of either kind
+)->dict: # most, least: dicts with before, token, after (texts), number
+    "The tokens with the largest and the smallest number, in their places; like ones in like places once."
+    found = []
+    for s in samples:
+        texts = _texts(objective, s)
+        found += [dict(before=''.join(texts[max(0, i-12):i]), token=texts[i], after=''.join(texts[i+1:i+7]), number=x) for i, x in enumerate(objective.token_numbers(model, s))]
+    def first(order):
+        kept = {}
+        for x in sorted(found, key=lambda x: order*x['number']): kept.setdefault((x['token'], x['before'][-12:]), x)
+        return list(kept.values())[:n]
+    return dict(most=first(-1), least=first(1))
+
+def _shown(objective, trainer, split): # pages and tables for the record of a run whose tokens differ; every rank has to ask, where the policy is sharded
+    name, held_out, model = objective.config.pipeline, objective.splits[split], trainer.model.eval()
+    programs = list({s.problem_id: s for s in (held_out[i] for i in range(min(100, len(held_out))))}.values()) # one a problem
+    tokens, pages = dict(what=objective.number, **extreme_tokens(objective, model, programs)), [objective.picture(model, s) for s in programs[-3:]]
+    if not is_main(): return []
+    write_text(record_dir()/'tokens.json', json.dumps(tokens))
+    return [str(write_page(''.join(pages), record_dir()/f'{name}_tokens.html'))]
 
 # %% ../nbs/09_policies.ipynb #836d4633
 def reference_by_head(
@@ -182,6 +219,7 @@ def reference_by_head(
 
 class Rho1Objective(PolicyObjective):
     "Per head the top tokens by excess loss over a frozen reference (Lin et al. 2024, arXiv 2404.07965)."
+    number = 'score'
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
         self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer)
@@ -222,6 +260,25 @@ class Rho1Objective(PolicyObjective):
 
     def weigh_split(self, ce, mask, valid, aside): return self.select(ce, aside, mask)
 
+# %% ../nbs/09_policies.ipynb #5a8d6b2a
+@patch
+@torch.no_grad()
+def _judged(self:Rho1Objective, model, sample): # score of each response token, and whether it is chosen
+    batch = _batch_of(self, sample)
+    ce, reference = model(batch['input_ids'], batch['attention_mask'], labels=batch['labels']).token_ce, self.aside(batch)
+    chosen = self.select(ce, reference, batch['labels'] != -100)[0, :, 0]
+    score = dict(signed=ce - reference, absolute=(ce - reference).abs(), difficult=reference)[self.config.training.rho1_mode][0, :, 0]
+    at = slice(sample.n_prompt - 1, len(sample.ids) - 1) # the number of a token stands where it is predicted
+    return score[at].tolist(), chosen[at].bool().tolist()
+
+@patch
+def token_numbers(self:Rho1Objective, model, sample): return self._judged(model, sample)[0]
+
+@patch
+def picture(self:Rho1Objective, model, sample):
+    score, chosen = self._judged(model, sample)
+    return choice_picture(_problem(self, sample), _texts(self, sample), score, [i for i, c in enumerate(chosen) if c])
+
 # %% ../nbs/09_policies.ipynb #8b5ea77d
 OBJECTIVES = dict(baseline=PolicyObjective, ntp=PolicyObjective, ref_tuning=PolicyObjective, verifiable=VerifiableObjective, rho1=Rho1Objective)
 
@@ -239,9 +296,6 @@ def run_policy(
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
         result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
-        if config.pipeline == 'verifiable' and record_dir():
-            held_out = objective.splits[split]
-            shown = {s.problem_id: s for s in (held_out[i] for i in range(min(100, len(held_out))))} # one a problem
-            result['pictures'].append(str(write_page(''.join(picture_of_weights(objective, s) for s in list(shown.values())[-3:]), record_dir()/'verifiable_tokens.html')))
+        if os.environ.get('WMTP_RUN_DIR') and hasattr(objective, 'picture'): result['pictures'] += _shown(objective, trainer, split)
         print_metrics(result['metrics'])
     return result['metrics']

@@ -85,10 +85,10 @@ class Source:
     files: str # Regular expression for paths there or in a local folder; a group `split` where the name says it
     fields: dict
     convert: Callable # (row, options) -> Problem
-    split: Callable # (what the file's name says, row) -> train, validation, test or None
+    split: Callable # (what the file's name says, row) -> one of SPLITS, or None
     about: str = ''
 
-SPLITS = ('train', 'validation', 'test')
+SPLITS = ('train', 'validation', 'test', 'prompt')
 LANGUAGES = {'python2': 1, 'cpp': 2, 'python3': 3, 'java': 4} # CodeContests' numbers
 
 def _codecontests(row, languages):
@@ -114,9 +114,9 @@ def _gsm8k(row, languages):
                    difficulty=1, source='gsm8k', solutions=[(row['answer'], True)])
 
 def _lf(text): return (text or '').replace('\r\n', '\n')
-def _mbpp_split(said, row): # the paper's, by number; 1 to 10 are examples for prompts
+def _mbpp_split(said, row): # the paper's, by number; `prompt` are examples for prompts
     n = row['task_id']
-    return 'test' if 10 < n <= 510 else 'validation' if 510 < n <= 600 else 'train' if n > 600 else None
+    return 'test' if 10 < n <= 510 else 'validation' if 510 < n <= 600 else 'train' if n > 600 else 'prompt'
 def _gsm8k_split(said, row): # it has no validation split: one problem in fifteen of train
     return 'validation' if said == 'train' and int(hashlib.sha1(row['question'].encode()).hexdigest(), 16) % 15 == 0 else said
 

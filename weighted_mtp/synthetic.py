@@ -539,8 +539,8 @@ def _write_split(folder, split, problems, per_problem, seed, map): # rows, tests
         for rows in tqdm(map(partial(problem_rows, per_problem=per_problem, seed=seed), problems), desc=f'{split} problems', total=len(problems), mininterval=1, leave=False):
             for r in rows: f.write(json.dumps(dict(r, twin=None if r['twin'] is None else line+r['twin']), ensure_ascii=False) + '\n')
             line += len(rows); kinds.update(r['kind'] for r in rows)
-    tests = {p.problem_id: dict(entry_point=p.entry_point, instruction=p.instruction, input=p.input, family=p.family, tests=p.tests) for p in problems}
-    (folder/f'{split}.tests.json').write_text(json.dumps(tests, ensure_ascii=False), encoding='utf-8')
+    with open(folder/f'{split}.problems.jsonl', 'w', encoding='utf-8') as f: # as evaluation.load_benchmark reads them
+        for p in problems: f.write(json.dumps(dict(problem_id=p.problem_id, instruction=p.instruction, input=p.input, difficulty=p.difficulty, source='synthetic', family=p.family, tests=dict(kind='asserts', tests=p.tests)), ensure_ascii=False) + '\n')
     return dict(problems=len(problems), solutions=line, **kinds)
 
 @contextmanager
@@ -560,9 +560,9 @@ def make_dataset(
     per_problem:int=3, # Correct, and wrong, solutions of each
     vocab_size:int=1024,
 )->dict: # What is in it, as kept in `dataset.json`
-    "The embedded default: `train`, `validation`, `test` (`.jsonl` and `.tests.json`) and a tokenizer. The splits share no problem."
+    "The embedded default: `train`, `validation`, `test` (`.jsonl` and `.problems.jsonl`) and a tokenizer. The splits share no problem."
     folder = Path(folder)
-    asked = dict(format=2, generator=_fingerprint(seed), n_problems=n_problems, n_held_out=n_held_out, seed=seed, per_problem=per_problem, vocab_size=vocab_size)
+    asked = dict(format=3, generator=_fingerprint(seed), n_problems=n_problems, n_held_out=n_held_out, seed=seed, per_problem=per_problem, vocab_size=vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent): return _make_dataset(folder, asked) # of several ranks, or runs, one makes it
 

@@ -10,7 +10,7 @@ __all__ = ['BEST', 'FINAL', 'FREE', 'training_arguments', 'lr_factor', 'per_epoc
            'load_parts', 'print_metrics', 'prepare', 'pipeline_main']
 
 # %% ../nbs/07_training.ipynb #dc50deb8
-import argparse, faulthandler, json, math, os, random, signal, sys, tempfile, threading, time, uuid
+import argparse, faulthandler, json, math, os, random, signal, subprocess, sys, tempfile, threading, time, uuid
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .config import UserError, flatten, load_config, read_json, steps_per_epoch, to_yaml, total_steps, write_text
+from .config import UserError, flatten, load_config, project_root, read_json, steps_per_epoch, to_yaml, total_steps, write_text
 from .models import load_backbone, read_checkpoint, save_checkpoint, trained_state
 from .remote import Tracker, Uploader
 
@@ -269,7 +269,7 @@ def save_pt(self:WeightedTrainer, name, state, **more):
     path = Path(self.args.output_dir)/name
     save_checkpoint(path, self.model, state, **self.objective.checkpoint_facts(), pipeline=self.config.pipeline,
                     config=to_yaml(self.config), step=self.state.global_step, epoch=float(self.state.epoch or 0),
-                    metrics=self.last_metrics, code_version=version('weighted-mtp'), **more)
+                    metrics=self.last_metrics, run=self.run.get('run'), code_version=version('weighted-mtp'), **more)
     if self.uploader: self.uploader.put(path)
     return path
 
@@ -301,7 +301,7 @@ def finish(
 
 # %% ../nbs/07_training.ipynb #25ba75d6
 FREE = ('training.batch_size', 'training.gradient_accumulation_steps', 'training.cpu_threads', 'training.log_every', 'training.gradient_checkpointing',
-        'experiment.description', 'checkpoint.', 'mlflow.', 'distributed.') # keys that may change when a run goes on
+        'experiment.description', 'checkpoint.', 'evaluation.', 'mlflow.', 'distributed.') # keys that may change when a run goes on
 
 def _essence(config, world): # the config as far as it decides the outcome
     t, plain = config.training, flatten(yaml.safe_load(to_yaml(config)))
@@ -417,10 +417,13 @@ def record_dir()->Path|None:
 class Stopped(Exception): "Training was ended from outside, with a checkpoint."
 
 class LogTo(TrainerCallback):
-    "Hands every log to a tracker."
-    def __init__(self, tracker): self.tracker = tracker
+    "Hands every log to a tracker, and keeps it beside the checkpoints: what a report needs when MLflow is away."
+    def __init__(self, tracker, history): self.tracker, self.history = tracker, Path(history)
     def on_log(self, args, state, control, logs=None, **kw):
-        if state.is_world_process_zero: self.tracker.log({k: v for k, v in logs.items() if isinstance(v, (int, float))}, state.global_step)
+        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
+        if not state.is_world_process_zero or not numbers: return
+        self.tracker.log(numbers, state.global_step)
+        with open(self.history, 'a', encoding='utf-8') as f: f.write(json.dumps(dict(step=state.global_step, **numbers)) + '\n')
 
 # %% ../nbs/07_training.ipynb #71a7e4e1
 @contextmanager
@@ -431,6 +434,8 @@ def tracked_run(
     run, = broadcast_object_list([begin_run(config, int(os.environ.get('WORLD_SIZE', 1))) if is_main() else None])
     result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, pictures=[])
     if not is_main(): yield result, run; return
+    history = Path(config.checkpoint.save_dir)/'history.jsonl'
+    if not run['checkpoint']: history.unlink(missing_ok=True)
     tracker = Tracker(config, record_dir() or config.checkpoint.save_dir, key=run['run'])
     tracker.params(flatten(yaml.safe_load(to_yaml(config))))
     uploader = Uploader(f'{config.checkpoint.upload_to}/{config.pipeline}/{config.experiment.name}') if config.checkpoint.upload_to else None
@@ -440,19 +445,33 @@ def tracked_run(
         if status == 'FINISHED':
             tracker.log(result['metrics'], run.get('last_step', 0))
             for p in result['pictures']: tracker.artifact(p, 'pictures')
+            tell()
+            if record_dir(): _report(tracker)
         tracker.close(status, **({} if wait is None else dict(timeout=wait)))
         if uploader: uploader.close(600 if wait is None else wait)
         tell()
     def tell():
         result.update(mlflow_run_id=tracker.run_id, mlflow_uri=tracker.uri)
-        if record_dir(): write_text(record_dir()/'result.json', json.dumps(result, indent=1))
+        if not record_dir(): return
+        write_text(record_dir()/'result.json', json.dumps(result, indent=1))
+        if history.is_file(): write_text(record_dir()/'history.jsonl', history.read_text(encoding='utf-8'))
     tell()
-    run.update(tracker=tracker, uploader=uploader)
+    run.update(tracker=tracker, uploader=uploader, history=history)
     try: yield result, run
     except (Stopped, KeyboardInterrupt): leave('KILLED', 5); raise
     except BaseException: leave('FAILED', 10); raise
     leave('FINISHED', None)
-    note_run(config, finished=True)
+    note_run(config, finished=True, mlflow_run_id=tracker.run_id, mlflow_uri=tracker.uri)
+
+# %% ../nbs/07_training.ipynb #946aad0d
+def _report(tracker): # of a finished run, into its record and to MLflow; in a process of its own, so that it can harm nothing
+    if not (project_root()/'nbs/report.ipynb').is_file(): return
+    folder = record_dir()
+    try: done = subprocess.run([sys.executable, '-m', 'weighted_mtp.report', str(folder)], capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as e: print(f'The report could not be written: {e}', flush=True); return
+    if done.returncode: print(f"The report could not be written: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", flush=True); return
+    print(f'report: {folder}/report.html', flush=True)
+    for f in (folder/'report.html', *sorted(folder.glob('figures/*.png')), *sorted(folder.glob('tables/*.csv'))): tracker.artifact(f, 'report' if f.parent == folder else f'report/{f.parent.name}')
 
 # %% ../nbs/07_training.ipynb #9f780c4b
 def fit(
@@ -466,7 +485,7 @@ def fit(
     trainer = WeightedTrainer(objective, config, **({} if run else dict(save_strategy='no', eval_strategy='no')))
     trainer.run, trainer.uploader, on_term = run or {}, (run or {}).get('uploader'), SaveOnSigterm(save=bool(run))
     trainer.add_callback(on_term)
-    if run and run.get('tracker'): trainer.add_callback(LogTo(run['tracker']))
+    if run and run.get('tracker'): trainer.add_callback(LogTo(run['tracker'], run['history']))
     if record_dir():
         total = total_steps(per_epoch(objective.data), config.training, trainer.args.world_size)
         trainer.add_callback(ProgressFile(record_dir()/'progress.json', stage, part*total, of*total))

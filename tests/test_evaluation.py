@@ -1,9 +1,10 @@
 """Benchmarks, and the pipeline `evaluation`, through the commands; HumanEval is the file that its authors' package brings, MBPP the real one where it is there."""
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import mlflow, pytest
 
+from test_launch import BIN
 from test_storage import REPO, SHARED, here, setup # noqa: F401 (a fixture)
 
 def python(folder, code, *words, wait=True, **env):
@@ -56,12 +57,15 @@ SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', '
 
 @pytest.fixture(scope='module')
 def policy(tmp_path_factory):
-    """A policy that has learnt a little, in a project of its own."""
+    """A policy that has learnt a little, launched in a project of its own."""
     here = tmp_path_factory.mktemp('policy')
-    (here/'settings.ini').write_text((REPO/'settings.ini').read_text())
-    for d in ('configs', 'record'): (here/d).mkdir()
-    words = [w for o in [*SMALL, 'training.max_steps=60', 'experiment.name=small', 'data_sampling.n_validation=40'] for w in ('--override', o)]
-    python(here, ['-m', 'weighted_mtp.pipelines.run_baseline'], '--config', str(REPO/'configs/baseline/baseline_micro.yaml'), *words)
+    shutil.copytree(REPO/'configs', here/'configs')
+    for d in ('nbs', 'record', 'runs'): (here/d).mkdir()
+    for part in ('settings.ini', 'nbs/launch.ipynb', 'nbs/report.ipynb'): shutil.copy(REPO/part, here/part)
+    words = [w for o in [*SMALL, 'training.max_steps=60', 'training.log_every=10', 'experiment.name=small', 'data_sampling.n_validation=40'] for w in ('--override', o)]
+    done = subprocess.run([BIN/'wmtp-launch', 'baseline', '--ngpus', '1', '--target', 'local', '--name', 'small', *words], cwd=here, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'PATH': f"{BIN}:{os.environ['PATH']}"})
+    assert done.returncode == 0 and 'runs/small/report.html' in done.stdout, done.stdout + done.stderr
     return here/'storage/checkpoints/baseline/small/checkpoint_best.pt'
 
 def judged(folder, name, policy, n=1, wait=True):
@@ -96,6 +100,25 @@ def test_one_process_two_processes_and_one_that_was_killed(policy):
     assert runs['one'].data.tags['mlflow.parentRunId'] == runs['small'].info.run_id # below the run that it judges
     assert runs['one'].data.metrics['synthetic/pass_at_1'] == found['metrics']['synthetic/pass_at_1'] and runs['one'].data.metrics['synthetic/pass_at_2_high'] >= runs['one'].data.metrics['synthetic/pass_at_2']
     assert {Path(a.path).suffix for a in client.list_artifacts(runs['one'].info.run_id, 'evaluation')} == {'.json', '.jsonl'}
+
+def test_report_of_a_finished_run(policy):
+    """It is in the record and among MLflow's artifacts, and a browser shows all of it without scrolling sideways."""
+    record = policy.parents[4]/'runs/small'
+    text = (record/'report.html').read_text()
+    for said in ('Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'): assert f'>{said}<' in text
+    assert 'Weights over time' not in text # all tokens weigh the same
+    client, run = mlflow.MlflowClient(f"sqlite:///{policy.parents[4]/'mlflow.db'}"), json.loads((record/'result.json').read_text())['mlflow_run_id']
+    assert {a.path for folder in ('report', 'report/figures', 'report/tables') for a in client.list_artifacts(run, folder) if not a.is_dir} == {'report/report.html', 'report/figures/curves.png', *(f'report/tables/{t}.csv' for t in ('metrics', 'speed', 'settings'))}
+    chromium = Path('/usr/bin/chromium')
+    if not chromium.is_file(): pytest.skip('no /usr/bin/chromium')
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=str(chromium), args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        page = browser.new_page(viewport=dict(width=1200, height=900))
+        page.goto(f'file://{record}/report.html')
+        assert page.evaluate('[...document.images].map(i => i.complete && i.naturalWidth > 300)') == [True]
+        assert page.evaluate('document.documentElement.scrollWidth') <= 1200
+        browser.close()
 
 def test_what_cannot_be_judged(policy):
     here = policy.parents[4]

@@ -105,10 +105,14 @@ def answer_of(
 # %% ../nbs/10_evaluation.ipynb #31a628d8
 def _seed(seed, problem_id): return int(hashlib.sha256(f'{seed} {problem_id}'.encode()).hexdigest()[:8], 16)
 
+def _number(text): # None where it is none, such as 1.2.3
+    try: return float(text)
+    except (TypeError, ValueError): return None
+
 def _verdicts(problems, texts): # one `Result` an answer
     jobs, where, out = [], [], [None]*len(texts)
     for i, (p, text) in enumerate(zip(problems, texts)):
-        if p['tests']['kind'] == 'answer': out[i] = Result('passed' if answer_of(text) is not None and float(answer_of(text)) == float(p['tests']['answer']) else 'failed')
+        if p['tests']['kind'] == 'answer': out[i] = Result('passed' if _number(answer_of(text)) == float(p['tests']['answer']) else 'failed')
         else: jobs.append((whole_program(extract_code(text, p['tests']), p['tests']), p['tests'])); where.append(i)
     for i, r in zip(where, judge_many(jobs)): out[i] = r
     return out

@@ -40,29 +40,35 @@ class _LlamaHeads:
     def fits(model): return type(model.backbone).__name__ in ('LlamaForCausalLM', 'MistralForCausalLM') and all(dict(h.named_parameters()).keys() == _LLAMA for h in model.extra_heads)
 
     def __init__(self, model):
-        heads, c = model.extra_heads, model.backbone.config
-        self.w = {n.removesuffix('.weight').split('.')[-1]: torch.stack([h.get_parameter(n).detach() for h in heads]) for n in _LLAMA}
-        self.w = {k: w.transpose(1, 2) if w.dim() == 3 else w[:, None] for k, w in self.w.items()} # (heads, in, out); (heads, 1, D)
-        self.n, self.eps, self.d = len(heads), c.rms_norm_eps, heads[0].self_attn.head_dim
-        self.kv, self.seen = None, 0
+        c, self.n, self.d = model.backbone.config, len(model.extra_heads), model.extra_heads[0].self_attn.head_dim
+        self.eps, self.groups = c.rms_norm_eps, (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        key = [(p.data_ptr(), p._version) for p in model.extra_heads.parameters()]
+        if getattr(model, '_fused', (None,))[0] != key: model._fused = key, self._fuse(model.extra_heads) # once, until the weights change
+        self.w, self.kv, self.seen = model._fused[1], None, 0
 
-    def _norm(self, x, name): return F.rms_norm(x, x.shape[-1:], None, self.eps)*self.w[name]
-    def _split(self, x): return x.view(self.n, x.shape[1], -1, self.d).transpose(1, 2)
+    @staticmethod
+    @torch.no_grad()
+    def _fuse(heads): # (heads, in, out); a norm's weight goes into the products after it
+        def of(*names): return torch.stack([torch.cat([h.get_parameter(f'{n}.weight') for n in names]) for h in heads]).transpose(1, 2)
+        def norm(name): return torch.stack([h.get_parameter(f'{name}.weight') for h in heads])[..., None]
+        return dict(qkv=norm('input_layernorm')*of('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), o=of('self_attn.o_proj').contiguous(),
+                    up=norm('post_attention_layernorm')*of('mlp.gate_proj', 'mlp.up_proj'), down=of('mlp.down_proj').contiguous())
 
     def __call__(self, trunk, new):
         (x, *_), kw = trunk
         x, w = x[0, :new], self.w
         self.seen += new
         cos, sin = (t[0, :new] for t in kw['position_embeddings'])
-        def turn(y, cos, sin): a, b = y.chunk(2, -1); return y*cos + torch.cat([-b, a], -1)*sin
-        h = self._norm(x, 'input_layernorm') # (heads, new, D)
-        k, v = turn(self._split(h @ w['k_proj']), cos, sin), self._split(h @ w['v_proj'])
+        y = (F.rms_norm(x, x.shape[-1:], None, self.eps) @ w['qkv']).view(self.n, new, -1, self.d).transpose(1, 2) # (heads, q + k + v, new, d)
+        q, k, v = y.split(self.groups, 1)
+        qk = torch.cat([q, k], 1)
+        left, right = qk.chunk(2, -1)
+        q, k = (qk*cos + torch.cat([-right, left], -1)*sin).split(self.groups[:2], 1)
         self.kv = (k, v) if self.kv is None else (torch.cat([self.kv[0], k], 2), torch.cat([self.kv[1], v], 2))
-        q = turn(self._split(h[:, -1:] @ w['q_proj']), cos[-1:], sin[-1:])
-        y = F.scaled_dot_product_attention(q, *self.kv, enable_gqa=q.shape[1] != self.kv[0].shape[1]).transpose(1, 2).reshape(self.n, 1, -1)
-        y = x[-1:] + y @ w['o_proj']
-        g = self._norm(y, 'post_attention_layernorm')
-        return (y + (F.silu(g @ w['gate_proj'])*(g @ w['up_proj'])) @ w['down_proj'])[:, 0]
+        y = F.scaled_dot_product_attention(q[:, :, -1:], *self.kv, enable_gqa=self.groups[0] != self.groups[1]).transpose(1, 2).reshape(self.n, 1, -1)
+        y = x[-1:] + y @ w['o']
+        gate, up = (F.rms_norm(y, y.shape[-1:], None, self.eps) @ w['up']).chunk(2, -1)
+        return (y + (F.silu(gate)*up) @ w['down'])[:, 0]
 
 # %% ../nbs/09_generation.ipynb #cb3a6977
 class HeadCandidates(CandidateGenerator):
@@ -138,13 +144,14 @@ def generate(
     how = dict(do_sample=temperature > 0, **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}), eos_token_id=tokenizer.eos_token_id,
                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}))
     was, out = model.training, [None]*len(ids)
-    model.eval()
+    if was: model.eval()
     try:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i])) # alike lengths, little padding
         size = 1 if drafting else batch_size
         for i in range(0, len(order), size):
             for j, g in zip(order[i:i+size], _batch(model, tokenizer, [ids[j] for j in order[i:i+size]], max_new_tokens, room, drafting, stop, how)): out[j] = g
-    finally: model.train(was)
+    finally:
+        if was: model.train()
     return out
 
 @torch.no_grad()

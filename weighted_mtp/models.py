@@ -108,6 +108,7 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         hook = decoder.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
         try: out = decoder(**kw)
         finally: hook.remove()
+        if n == 1: return out.last_hidden_state[:, :, None], out, (call['args'], call['kwargs'])
         heads = [out.last_hidden_state] + [decoder.norm(h(*call['args'], **call['kwargs'])) for h in self.extra_heads[:n-1]]
         return torch.stack(heads, 2), out, (call['args'], call['kwargs'])
 
@@ -121,8 +122,9 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
             if callable(weights): weights = weights(mtp_token_cross_entropy(hidden, W, labels))
             loss, token_ce = mtp_loss(hidden, W, labels, weights, normalizer)
             return MTPOutput(loss=loss, token_ce=token_ce)
+        if not return_all_heads: hidden = hidden[:, :, 0]
         hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
-        logits = self.get_output_embeddings()(hidden if return_all_heads else hidden[:, :, 0])
+        logits = self.get_output_embeddings()(hidden)
         return MTPOutput(logits=logits, past_key_values=out.past_key_values, trunk=trunk if return_trunk else None)
 
 AutoConfig.register(MTPConfig.model_type, MTPConfig, exist_ok=True)

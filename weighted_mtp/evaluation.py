@@ -207,7 +207,7 @@ def summary(
     for k in ks:
         values = [pass_at_k(len(v), sum(r['status'] == 'passed' for r in v), k) for v in by.values()]
         out |= {f'pass@{k}': float(np.mean(values)), f'pass@{k}_interval': interval(values)}
-    tokens, passes = sum(r['tokens'] for r in rows), sum(r['passes'] for r in rows)
+    tokens, passes = sum(r['tokens'] + (r['reason'] == 'eos') for r in rows), sum(r['passes'] for r in rows) # the end is a token, too
     return out | dict(verdicts=dict(Counter(r['status'] for r in rows).most_common()), cut_off=sum(r['reason'] == 'length' for r in rows), tokens_per_pass=tokens/max(1, passes), tokens_per_second=tokens/max(1e-9, sum(r['seconds'] for r in rows)))
 
 def in_words(

@@ -11,7 +11,7 @@ __all__ = ['BEST', 'FINAL', 'FREE', 'training_arguments', 'lr_factor', 'per_epoc
 
 # %% ../nbs/07_training.ipynb #dc50deb8
 import argparse, faulthandler, json, math, os, random, signal, subprocess, sys, tempfile, threading, time, uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -269,7 +269,7 @@ def save_pt(self:WeightedTrainer, name, state, **more):
     path = Path(self.args.output_dir)/name
     save_checkpoint(path, self.model, state, **self.objective.checkpoint_facts(), pipeline=self.config.pipeline,
                     config=to_yaml(self.config), step=self.state.global_step, epoch=float(self.state.epoch or 0),
-                    metrics=self.last_metrics, run=self.run.get('run'), code_version=version('weighted-mtp'), **more)
+                    metrics=self.last_metrics, code_version=version('weighted-mtp'), **more)
     if self.uploader: self.uploader.put(path)
     return path
 
@@ -423,7 +423,7 @@ class LogTo(TrainerCallback):
         numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
         if not state.is_world_process_zero or not numbers: return
         self.tracker.log(numbers, state.global_step)
-        with open(self.history, 'a', encoding='utf-8') as f: f.write(json.dumps(dict(step=state.global_step, **numbers)) + '\n')
+        with suppress(OSError), open(self.history, 'a', encoding='utf-8') as f: f.write(json.dumps(dict(step=state.global_step, **numbers)) + '\n') # a full disk is no reason to stop
 
 # %% ../nbs/07_training.ipynb #71a7e4e1
 @contextmanager

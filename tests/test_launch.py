@@ -148,7 +148,6 @@ BAD = [(['critc', '--ngpus', '1'], "Did you mean 'critic'"),
     (['critic', '--ngpus', '4', '--effective-batch', '24', '--batch-size', '2'], 'either the product or its factors'),
     (['critic', '--ngpus', '4', '--effective-batch', '25'], '24 and 28'),
     (['baseline', '--ngpus', '1', '--critic-checkpoint', 'x.pt'], 'verifiable only'),
-    (['baseline', '--ngpus', '1', '--target', 'local'], 'critic'), # says which pipelines there are
     (['critic', '--ngpus', '1', '--target', 'moon'], 'vessl, local'),
     (['critic', '--ngpus', '1', '--target', 'local', '--name', '../x'], 'plain folder name'),
     (['critic', '--ngpus', '1', '--override', f"experiment.description={SECRETS['HF_TOKEN']}"], 'HF_TOKEN'),

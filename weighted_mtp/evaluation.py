@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -232,7 +231,7 @@ def judge_references(
         problems = {p['problem_id']: p for p in load_benchmark(str(file))}
         with open(file.with_name(file.name.replace('.problems', '')), encoding='utf-8') as f: jobs += [(problems[r['problem_id']], r['output']) for r in map(json.loads, f) if r['is_correct']]
     if not jobs: raise UserError(f"{folder} holds no problems. Get them with: wmtp-setup data {name}")
-    if jobs[0][0]['tests']['kind'] == 'answer': passed = [_verdicts([p for p, _ in jobs], [t and t for _, t in jobs]), _verdicts([p for p, _ in jobs], ['']*len(jobs))]
+    if jobs[0][0]['tests']['kind'] == 'answer': passed = [_verdicts([p for p, _ in jobs], [t for _, t in jobs]), _verdicts([p for p, _ in jobs], ['']*len(jobs))]
     else: passed = [judge_many([(whole_program(text if k else '', p['tests']), p['tests']) for p, text in jobs], progress=progress) for k in (True, False)]
     good, empty = (sum(r.passed for r in p) for p in passed)
     return dict(benchmark=name, solutions=len(jobs), passed=good, empty_passed=empty, failed=[(p['problem_id'], r.status, r.message) for (p, _), r in zip(jobs, passed[0]) if not r.passed], seconds=time.monotonic() - start)
@@ -309,9 +308,9 @@ def run_evaluation(
         if tracker := run.get('tracker'):
             parent = _trained_by(e.checkpoint, tracker.uri)
             tracker.tags({'checkpoint': e.checkpoint, **({'mlflow.parentRunId': parent} if parent else {})})
-        start, result['evaluations'], result['judged'] = time.monotonic(), {}, str(e.checkpoint)
+        start, of, result['evaluations'], result['judged'] = time.monotonic(), checkpoint_id(e.checkpoint), {}, str(e.checkpoint)
         for name in e.benchmarks:
-            found = evaluate(model, tokenizer, problems[name], list(e.ks), e.samples, e.temperature, e.top_p, e.max_new_tokens, limit=e.limit, folder=config.checkpoint.save_dir, of=checkpoint_id(e.checkpoint),
+            found = evaluate(model, tokenizer, problems[name], list(e.ks), e.samples, e.temperature, e.top_p, e.max_new_tokens, limit=e.limit, folder=config.checkpoint.save_dir, of=of,
                              seed=config.training.seed, self_speculative=e.self_speculative, progress=_told(name), name=name)
             print(in_words(found), flush=True)
             result['evaluations'][found['benchmark']] = found
@@ -349,9 +348,9 @@ def _evaluate(a):
     if a.checkpoint == 'references': return sum([_print_references(judge_references(n, root)) for n in names])
     problems = {n: load_benchmark(n, root) for n in names}
     model, tokenizer = load_judged(a.checkpoint, a.tokenizer)
-    at = Path(a.checkpoint)
+    at, of = Path(a.checkpoint), checkpoint_id(a.checkpoint)
     for n in names:
-        found = evaluate(model, tokenizer, problems[n], ks, a.samples, a.temperature, a.top_p, a.max_new_tokens, limit=a.limit, folder=a.folder or (at if at.is_dir() else at.parent)/'evaluation', of=checkpoint_id(at),
+        found = evaluate(model, tokenizer, problems[n], ks, a.samples, a.temperature, a.top_p, a.max_new_tokens, limit=a.limit, folder=a.folder or (at if at.is_dir() else at.parent)/'evaluation', of=of,
                          seed=a.seed, self_speculative=not a.plain, name=n)
         print(f"{in_words(found)}\n  samples and verdicts: {found['file']}", flush=True)
     return 0

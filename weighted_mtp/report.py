@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'token_html', 'critic_picture', 'write_page', 'weights_pictu
            'settings', 'numbers', 'speed', 'evaluations', 'tokens_html', 'keep', 'write_report', 'main']
 
 # %% ../nbs/16_report.ipynb #27f9384e
-import html, json, subprocess, sys
+import html, json, sys
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,9 +1,10 @@
 """Programs that mean harm, each with the verdict it must get; afterwards nothing of them is left. With walls (namespaces) and without."""
-import json, os, subprocess, sys, tempfile, time
+import json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import psutil, pytest
 
+from weighted_mtp import sandbox
 from weighted_mtp.sandbox import judge, judge_many, protections, run_program
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared/data'
@@ -56,9 +57,15 @@ WALLED = { # what only walls keep out
 }
 
 @pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
-def test_hostile_programs(walls):
-    def left(): return {p.pid for p in psutil.process_iter(['cmdline']) if 'jail.py' in ' '.join(p.info['cmdline'] or ())}
-    before = {f for f in os.listdir(tempfile.gettempdir()) if f.startswith('wmtp-jail')}
+def test_hostile_programs(walls, request, monkeypatch):
+    # A jail.py and a folder of its own: tests beside this one judge programs, too
+    home = Path(tempfile.mkdtemp(prefix='hostile-'))
+    request.addfinalizer(lambda: shutil.rmtree(home))
+    jail, temp = home/'jail.py', home/'temp'
+    shutil.copy(sandbox._jail(), jail); temp.mkdir(); home.chmod(0o711) # Without walls a program is another user, who must get into its folder
+    monkeypatch.setattr(sandbox, '_jail', lambda: str(jail))
+    monkeypatch.setattr(tempfile, 'tempdir', str(temp))
+    def left(): return {p.pid: p.info['cmdline'] for p in psutil.process_iter(['cmdline']) if str(jail) in (p.info['cmdline'] or ())}
     start = time.time()
     wrong = {}
     for name, (program, tests, right) in HOSTILE.items():
@@ -71,7 +78,7 @@ def test_hostile_programs(walls):
     end = time.time() + 5
     while left() and time.time() < end: time.sleep(.1)
     assert not left() and not [p for p in psutil.process_iter(['cmdline']) if '987654' in ' '.join(p.info['cmdline'] or ())]
-    assert {f for f in os.listdir(tempfile.gettempdir()) if f.startswith('wmtp-jail')} == before
+    assert not list(temp.iterdir())
 
 @pytest.mark.skipif(not protections()['files'], reason='this kernel gives no namespaces')
 def test_walls():

@@ -80,6 +80,9 @@ def test_errors_of_the_hub(here, hub):
     assert 'has no file like' in done.stderr and token not in done.stdout + done.stderr
     hub.repos['openai/gsm8k'][TRAIN] = parquet([dict(question='?', solution='#### 1')])
     assert f"field 'answer' is missing; it has question, solution" in setup(here, 'data', 'gsm8k', HF_ENDPOINT=hub.url, code=2).stderr
+    for spoilt in (token + '\n', token + 'é'): # as a mounted secret ends; the client shows it as repr
+        done = setup(here, 'data', 'mbpp', HF_ENDPOINT=hub.url, HF_TOKEN=spoilt, code=2)
+        assert token not in done.stdout + done.stderr and 'Traceback' not in done.stderr
 
 @real_data
 def test_real_mbpp_and_gsm8k(here):
@@ -91,6 +94,47 @@ def test_real_mbpp_and_gsm8k(here):
     assert all(len(p['tests']['tests']) >= 3 for p in problems)
     assert all(float(json.loads(l)['tests']['answer']) is not None for l in (here/'storage/datasets/gsm8k/test.problems.jsonl').read_text().splitlines())
     assert 'FAILED' not in setup(here, 'verify').stdout
+
+def contest(**changes): return dict(dict(name='1_A', description='Add.', public_tests=dict(input=['1 2'], output=['3']), private_tests=dict(input=[], output=[]), generated_tests=dict(input=[], output=[]), source=2, difficulty=7,
+    solutions=dict(language=[3, 2], solution=['print(3)', 'int main']), incorrect_solutions=dict(language=[3], solution=['print(4)']), time_limit=None, memory_limit_bytes=0), **changes)
+
+def test_rows_that_are_not_as_expected(here):
+    """The file, the row and what is wrong with it; nothing is taken for less than it is."""
+    def convert(code=0, **changes):
+        (here/'raw').mkdir(exist_ok=True)
+        (here/'raw/train-0.jsonl').write_text(json.dumps(contest()) + '\n' + json.dumps(contest(name='1_B', **changes)))
+        done = setup(here, 'data', 'codecontests', '--from', 'raw', code=code)
+        assert 'Traceback' not in done.stderr and (not code or 'row 2: ' in done.stderr), done.stderr
+        return done.stderr if code else done.stdout
+    assert '2 problems          2 correct          2 incorrect' in convert()
+    assert "field 'solutions.language' is missing" in convert(2, solutions=[dict(lang=3, solution='x')])
+    assert "'PYTHON3', not a number" in convert(2, solutions=dict(language=['PYTHON3'], solution=['x']))
+    assert 'zip() argument' in convert(2, solutions=dict(language=[3, 3], solution=['x']))
+    assert 'instruction is None, not text' in convert(2, description=None)
+    assert 'difficulty is None' in convert(2, difficulty=None) and 'a solution is None' in convert(2, solutions=dict(language=[3], solution=[None]))
+    assert '2 correct' in convert(solutions=[dict(language=3, solution='x')]) # the other way round
+
+def test_what_is_there_twice_is_taken_once(here):
+    (here/'raw/sub').mkdir(parents=True)
+    for f, rows in (('raw/train.jsonl', questions(40)), ('raw/sub/train.jsonl', questions(40)), ('raw/test.jsonl', questions(10, 35))): (here/f).write_text('\n'.join(map(json.dumps, rows)))
+    out = setup(here, 'data', 'gsm8k', '--from', 'raw').stdout
+    s = json.loads((here/'storage/datasets/gsm8k/dataset.json').read_text())['splits']
+    assert sum(x['problems'] for x in s.values()) == 45 and sum(x.get('repeated', 0) for x in s.values()) == 45 and 'problems that were there already' in out
+    assert 'FAILED' not in setup(here, 'verify').stdout
+
+def test_source_that_lies_where_the_result_goes(here, release):
+    """The result's folder is made anew: the user's files in it would be gone."""
+    import shutil
+    data, model = here/'storage/datasets/gsm8k', here/'storage/models/meta-mtp-7b'
+    data.mkdir(parents=True); (data/'train.jsonl').write_text('\n'.join(map(json.dumps, questions(40))))
+    shutil.copytree(release, model)
+    for words in (('data', 'gsm8k', '--from', str(data)), ('model', 'meta-mtp-7b', '--from', str(model)), ('model', 'meta-mtp-7b', '--from', str(model.parent))):
+        assert 'Move them elsewhere' in setup(here, *words, code=2).stderr or words[-1] == str(model.parent)
+        assert (data/'train.jsonl').is_file() and (model/'7B_1T_4/consolidated.pth').is_file()
+    disk = here/'disk'; data.rename(disk); data.symlink_to(disk) # on another disk, and given from a folder above
+    (here/'train.jsonl').write_text((disk/'train.jsonl').read_text())
+    setup(here, 'data', 'gsm8k', '--from', str(here/'train.jsonl'))
+    assert data.is_symlink() and (disk/'dataset.json').is_file()
 
 MADE = '''
 import random, sys, pyarrow as pa, pyarrow.parquet as pq
@@ -213,6 +257,48 @@ def test_bad_items_are_named(here, release):
     assert f'FAILED storage/models/meta-mtp-7b: {file.name} is not what it was' in out
     (folder/'tokenizer.json').unlink()
     assert 'FAILED' in setup(here, 'verify', code=1).stdout
+
+def test_release_that_lacks_a_tensor(here, release, tmp_path):
+    folder = tmp_path/'lacking'; folder.mkdir()
+    state = torch.load(release/'7B_1T_4/consolidated.pth', weights_only=True)
+    (folder/'params.json').write_text((release/'7B_1T_4/params.json').read_text()); (folder/'tokenizer.model').write_bytes((release/'tokenizer.model').read_bytes())
+    for name, change in (('layers.1.feed_forward.w3.weight', None), ('extra_heads.2.attention.wv.weight', torch.zeros(3, 64))):
+        torch.save({k: change if k == name else v for k, v in state.items() if k != name or change is not None}, folder/'consolidated.pth')
+        err = setup(here, 'model', 'meta-mtp-7b', '--from', str(folder), code=2).stderr
+        assert ('layers.1.mlp.up_proj.weight is missing' in err) if change is None else ('v_proj.weight has the shape (3, 64) instead of (64, 64)' in err), err
+    setup(here, 'model', 'meta-mtp-7b', '--from', str(release))
+    model = here/'storage/models/meta-mtp-7b'
+    from safetensors.torch import load_file, save_file
+    file = next(model.glob('*.safetensors'))
+    lost = load_file(file); lost.popitem(); save_file(lost, file, metadata={'format': 'pt'})
+    index = model/'model.safetensors.index.json'; index.write_text(json.dumps(dict(metadata={}, weight_map={k: file.name for k in lost})))
+    facts = json.loads((model/'setup.json').read_text())
+    import hashlib
+    for f in (file, index): facts['files'][f.name] = dict(bytes=f.stat().st_size, sha256=hashlib.sha256(f.read_bytes()).hexdigest())
+    (model/'setup.json').write_text(json.dumps(facts))
+    assert 'forward pass: no file holds the tensor' in setup(here, 'verify', code=1).stdout
+
+def test_verify_names_what_is_damaged_and_goes_on(here):
+    from transformers import AutoTokenizer
+    from weighted_mtp.config import UserError
+    from weighted_mtp.corpus import open_corpus
+    from weighted_mtp.synthetic import make_dataset
+    (here/'raw').mkdir(); (here/'raw/train-0.jsonl').write_text(json.dumps(contest()))
+    (here/'raw/valid-0.jsonl').write_text(json.dumps(contest(name='1_B', solutions=dict(language=[2], solution=['int main']), incorrect_solutions=[]))) # nothing in Python
+    setup(here, 'data', 'codecontests', '--from', 'raw')
+    make_dataset(here/'synthetic', n_problems=20, n_held_out=10)
+    tokenizer, data = AutoTokenizer.from_pretrained(here/'synthetic/tokenizer'), here/'storage/datasets/codecontests'
+    assert len(open_corpus(data/'train.jsonl', tokenizer)) == 2
+    index = next((data/'train.index').iterdir()); (data/'train.index'/f'{index.name}.part').mkdir() # a process was killed
+    (here/'storage/datasets/aa').mkdir(); (here/'storage/datasets/aa/dataset.json').write_text('{}')
+    out = setup(here, 'verify', code=1).stdout
+    assert out.count('FAILED') == 1 and "FAILED storage/datasets/aa: dataset.json is not as wmtp-setup writes it (KeyError: 'splits')" in out and out.count('ok ') == 3
+    file = index/'solutions.arrow'; file.write_bytes(file.read_bytes()[:-200])
+    assert f'solutions' not in (out := setup(here, 'verify', code=1).stdout) or 'is damaged' in out
+    with pytest.raises(UserError, match='is damaged .*Delete it'): open_corpus(data/'train.jsonl', tokenizer)
+    assert 'does not lie in' in setup(here, 'upload', '../settings.ini', 's3://data/x', code=2).stderr
+    (here/'storage/x.db').write_text('x')
+    assert 'Error: ' in (err := setup(here, 'data', 'codecontests', '--from', 'raw', '--storage', 'storage/x.db', code=2).stderr) and 'Traceback' not in err
 
 def test_conversion_holds_a_shard_at_a_time(here):
     code = '''

@@ -13,6 +13,7 @@ __all__ = ['PIPELINES', 'CHOICES', 'AT_LEAST_ONE', 'RANGES', 'SECRET_NAMES', 'EN
 import difflib, fcntl, json, math, os, re, time, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -299,6 +300,8 @@ def _relations(config): # values that are possible alone but not together
                "give one weight a bin.")
     if any(len(b) != 2 or b[0] > b[1] for b in s.difficulty_bins):
         yield "data_sampling.difficulty_bins: each bin is [lowest, highest], such as [1, 7]."
+    elif any(a[1] >= b[0] for a, b in pairwise(sorted(map(list, s.difficulty_bins)))):
+        yield "data_sampling.difficulty_bins overlap: what lies in two would be drawn twice."
     for key, w in (('difficulty_weights', s.difficulty_weights), *((f'curriculum[{i}]', w) for i, w in enumerate(s.curriculum))):
         if key != 'difficulty_weights' and len(w) != len(s.difficulty_bins): yield f"data_sampling.{key} has {len(w)} weights and difficulty_bins {len(s.difficulty_bins)} bins: give one weight a bin."
         if any(x < 0 for x in w) or not sum(w) > 0: yield f"data_sampling.{key}: none below 0 and not all 0."
@@ -483,7 +486,7 @@ def known_secrets()->list[tuple[str, str]]: # Names and values
     "Every secret this process can see, of 8 letters or more."
     env, names = load_env(), [n for n in SECRET_NAMES if n != 'AWS_DEFAULT_REGION']
     found = [(n, v) for n in names for v in (env.get(n), os.environ.get(n))] + [('the VESSL token', t) for t in vessl_tokens()]
-    return list(dict.fromkeys((n, v) for n, v in found if v and len(v) >= 8))
+    return list(dict.fromkeys((n, v.strip()) for n, v in found if v and len(v.strip()) >= 8)) # mounted secrets end in a newline, which messages show in other ways
 
 def redact(
     text:str, # Words of another program, or a message with a user's input in it

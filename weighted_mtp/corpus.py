@@ -128,8 +128,10 @@ class Corpus:
         folder, # As `open_corpus` makes it
         max_length:int=2048, # Prompt and response together, in tokens
     ):
-        self.max_length, self.index = max_length, read_index(Path(folder)/'index.parquet')
-        self.rows, prompts = _mapped(Path(folder)/'solutions.arrow'), _mapped(Path(folder)/'prompts.arrow')
+        try:
+            self.max_length, self.index = max_length, read_index(Path(folder)/'index.parquet')
+            self.rows, prompts = _mapped(Path(folder)/'solutions.arrow'), _mapped(Path(folder)/'prompts.arrow')
+        except (pa.ArrowException, OSError, KeyError) as e: raise UserError(f"{folder} is damaged ({str(e).splitlines()[0]}). Delete it: it is made anew from its data.") from None
         self.columns = [self.rows[c] for c in self.rows.schema.names]
         self.prompts = prompts['ids']
     def __len__(self): return len(self.rows)

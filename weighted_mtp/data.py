@@ -118,7 +118,8 @@ def join(
     "A prompt and a response as one sample; what goes over `max_length` is cut off."
     n = len(prompt)
     if n >= max_length: return None
-    return Sample((prompt + response)[:max_length], n, **facts, mutation=span and (span[0]+n, span[1]+n))
+    if span: span = None if span[0]+n >= max_length else (span[0]+n, min(span[1]+n, max_length-1))
+    return Sample((prompt + response)[:max_length], n, **facts, mutation=span)
 
 def facts_of(row): # what a sample keeps of a solution
     return dict(problem_id=str(row['problem_id']), is_correct=row['is_correct'], difficulty=row['difficulty'], kind=row.get('kind') or '')

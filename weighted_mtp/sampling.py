@@ -127,6 +127,11 @@ def _opened(path, tokenizer, config, blind=False): # corpus, which solutions can
     return corpus, usable(i, d.max_length, d.too_long), np.minimum(i.prompt_tokens[i.problem] + i.tokens, d.max_length)
 
 # %% ../nbs/04_sampling.ipynb #d1d35118
+def _different(pairs, corpus, lengths): # without those of which nothing that differs is left after cutting, and that in words
+    line, long = corpus.index.line, np.flatnonzero((lengths[pairs] == corpus.max_length).all(1))
+    alike = [i for i in long if corpus[line[pairs[i, 0]]].ids == corpus[line[pairs[i, 1]]].ids]
+    return np.delete(pairs, alike, 0), f'; {len(alike)} pairs dropped: alike in their first {corpus.max_length} tokens' if alike else ''
+
 def load_pairs(
     path, # JSONL file of solutions
     tokenizer,
@@ -137,12 +142,13 @@ def load_pairs(
     s, (corpus, use, lengths) = config.data_sampling, _opened(path, tokenizer, config, config.dataset.blind)
     index = corpus.index
     pairs = make_pairs(index, use, s.seed, s.max_pairs_per_problem, s.length_balanced)
+    pairs, left_out = _different(pairs, corpus, lengths)
     drawn, epochs = draw_epochs(index.difficulty[index.problem[pairs[:, 0]]], s, n)
     if not len(epochs[0]):
         good = int(index.correct.sum())
-        raise UserError(f"{path}: no pair can be made. It holds {good} correct and {len(index)-good} wrong solutions{told(index, config.dataset.max_length, config.dataset.too_long)}; {len(pairs)} pairs share a problem"
+        raise UserError(f"{path}: no pair can be made. It holds {good} correct and {len(index)-good} wrong solutions{told(index, config.dataset.max_length, config.dataset.too_long)}{left_out}; {len(pairs)} pairs share a problem"
                         f"{' and a length bin' if s.length_balanced else ''}, and none of those lies in data_sampling.difficulty_bins.")
-    print(f"{path}: {len(index)} solutions, {len(pairs)} pairs, {len(epochs[0])} drawn{told(index, config.dataset.max_length, config.dataset.too_long)}", flush=True)
+    print(f"{path}: {len(index)} solutions, {len(pairs)} pairs, {len(epochs[0])} drawn{told(index, config.dataset.max_length, config.dataset.too_long)}{left_out}", flush=True)
     pairs = pairs[drawn]
     return PairDataset(corpus, index.line[pairs], lengths[pairs].max(1).tolist(), epochs)
 

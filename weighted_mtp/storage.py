@@ -43,7 +43,9 @@ def _parsed(f, file):
 def _missing(names, fields, within=''): # dotted names that are not there
     for name, inner in fields.items():
         if name not in names: yield within + name
-        elif inner and isinstance(names[name], dict): yield from _missing(names[name], inner, f'{within}{name}.')
+        elif inner:
+            for x in names[name] if isinstance(names[name], list) else [names[name]]:
+                if isinstance(x, dict): yield from _missing(x, inner, f'{within}{name}.')
 
 def _checked(rows, file, fields):
     for i, row in rows:
@@ -93,8 +95,11 @@ LANGUAGES = {'python2': 1, 'cpp': 2, 'python3': 3, 'java': 4} # CodeContests' nu
 
 def _codecontests(row, languages):
     wanted = {LANGUAGES[l] for l in languages}
-    def of(name): s = _columns(row[name]); return [c for l, c in zip(s.get('language', ()), s.get('solution', ())) if l in wanted]
-    tests = [[*t] for name in ('public_tests', 'private_tests', 'generated_tests') for t in [_columns(row[name])] for t in zip(t.get('input', ()), t.get('output', ()))]
+    def of(name):
+        s = _columns(row[name])
+        if other := next((l for l in s.get('language', ()) if not isinstance(l, int)), None): raise TypeError(f'{name}.language is {other!r}, not a number')
+        return [c for l, c in zip(s.get('language', ()), s.get('solution', ()), strict=True) if l in wanted]
+    tests = [[*t] for name in ('public_tests', 'private_tests', 'generated_tests') for t in [_columns(row[name])] for t in zip(t.get('input', ()), t.get('output', ()), strict=True)]
     limit = row['time_limit'] or {}
     return Problem(row['name'], row['description'], dict(kind='stdio', public=len(_columns(row['public_tests']).get('input', ())), tests=tests,
                    seconds=(limit.get('seconds') or 0) + (limit.get('nanos') or 0)/1e9 or None, memory_mb=row['memory_limit_bytes'] // 2**20 or None),
@@ -112,6 +117,12 @@ def _humaneval(row, languages):
 def _gsm8k(row, languages):
     return Problem('gsm8k/' + hashlib.sha1(row['question'].encode()).hexdigest()[:10], row['question'], dict(kind='answer', answer=row['answer'].rsplit('####', 1)[-1].strip().replace(',', '')),
                    difficulty=1, source='gsm8k', solutions=[(row['answer'], True)])
+
+def _sound(p): # a problem whose fields are of the right kind
+    for name, kind, values in (*((k, str, [getattr(p, k)]) for k in ('problem_id', 'instruction', 'input')), ('difficulty', int, [p.difficulty]), ('a solution', str, [c for c, _ in p.solutions])):
+        for v in values:
+            if not isinstance(v, kind): raise TypeError(f"{name} is {v!r}, not {'text' if kind is str else 'a number'}")
+    return p
 
 def _lf(text): return (text or '').replace('\r\n', '\n')
 def _mbpp_split(said, row): # the paper's, by number; `prompt` are examples for prompts
@@ -179,7 +190,7 @@ def hub_files(
 ):
     "Fetch a repository's files. Returns (path in it, path here) and the revision. Raises `UserError` without network or access."
     from huggingface_hub import HfApi, constants, errors
-    api = HfApi(token=os.environ.get('HF_TOKEN') or load_env().get('HF_TOKEN') or False) # False: not the machine's own
+    api = HfApi(token=(os.environ.get('HF_TOKEN') or load_env().get('HF_TOKEN') or '').strip() or False) # False: not the machine's own
     try:
         if constants.HF_HUB_OFFLINE: raise errors.OfflineModeIsEnabled('HF_HUB_OFFLINE is set')
         info = api.repo_info(repo, repo_type=repo_type, files_metadata=True)
@@ -189,10 +200,11 @@ def hub_files(
             print(f'[{i}/{len(wanted)}] {s.rfilename}', flush=True)
             _fetch(api, repo, repo_type, info.sha, s, Path(folder)/s.rfilename)
         return [(s.rfilename, Path(folder)/s.rfilename) for s in wanted], info.sha
+    except UserError: raise
     except errors.GatedRepoError: raise UserError(f"{repo} is gated: accept its terms on its page on the hub, and put a token of yours into .env as HF_TOKEN.") from None
     except errors.RepositoryNotFoundError: raise UserError(f"{repo} cannot be read: the hub knows no such repository, or wants a token (HF_TOKEN in .env).") from None
-    except (errors.HTTPError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as e:
-        why = redact(str(e).strip().splitlines()[0][:150]) if str(e).strip() else ''
+    except (errors.HTTPError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError, ValueError) as e: # ValueError: an answer that is no JSON, a token that is no ASCII
+        why = redact(str(e)).strip().split('\n')[0][:150]
         raise UserError(f"{repo} cannot be fetched ({type(e).__name__}: {why}). What has arrived is kept: run the same command again, or give files with --from FOLDER.") from None
 
 # %% ../nbs/15_storage.ipynb #697dbef6
@@ -233,20 +245,21 @@ def convert(
     origin:dict|None=None, # Where the files are from: kept in `dataset.json`
 )->dict: # What is in it
     "Bring a source into our format. Raises `UserError` naming file, row and field."
-    source, folder = SOURCES[name], Path(folder)
+    source, folder = SOURCES[name], Path(folder).resolve() # a link stays one
     part = folder.with_name(folder.name + '.part') # renamed when complete
     shutil.rmtree(part, ignore_errors=True)
-    splits = {}
+    splits, seen = {}, set()
     for path_in, file in files:
         m = re.search(source.files, path_in)
         said = next((v for k, v in m.groupdict().items() if k.startswith('split') and v), None)
         total = pq.ParquetFile(file).metadata.num_rows if file.suffix == '.parquet' and _opens(file) else None
         for i, row in enumerate(tqdm(read_rows(file, source.fields), desc=path_in, total=total, unit='problem', mininterval=1, leave=False), 1):
-            split = source.split(said, row)
-            if split is None: continue
-            try: problem = source.convert(row, languages)
+            try: split, problem = source.split(said, row), _sound(source.convert(row, languages))
             except (TypeError, ValueError, KeyError, AttributeError) as e: raise UserError(f"{file}, row {i}: cannot be understood ({type(e).__name__}: {e}). Has {source.repo} changed its format?") from None
+            if split is None: continue
             if split not in splits: splits[split] = [_Split(part, split), _Split(part/'small', split, small=True)]
+            if problem.problem_id in seen: splits[split][0].count['repeated'] += 1; continue # the same file twice, or a problem of two splits
+            seen.add(problem.problem_id)
             for s in splits[split]: s.add(problem)
     if not splits: raise UserError(f"No row of {name} belongs to a split.")
     facts = dict(name=name, repo=source.repo, languages=list(languages), **(origin or {}))
@@ -261,10 +274,16 @@ def _opens(file):
 
 def statistics(facts): # a data set's facts as lines
     for split, s in facts['splits'].items():
-        yield f"{split:11} {s['problems']:>8} problems  {s['correct']:>9} correct  {s['incorrect']:>9} incorrect" + (f"  (left out: {s['doubled']} doubled, {s['contradicted']} both)" if s['doubled'] or s['contradicted'] else '')
+        yield f"{split:11} {s['problems']:>8} problems  {s['correct']:>9} correct  {s['incorrect']:>9} incorrect" + (f"  (left out: {s['doubled']} doubled, {s['contradicted']} both)" if s['doubled'] or s['contradicted'] else '') + (f"  (left out: {s['repeated']} problems that were there already)" if s.get('repeated') else '')
         if s['characters']: yield f"{'':11} characters of a solution: " + ', '.join(f'{k} {v}' for k, v in s['characters'].items())
 
 # %% ../nbs/15_storage.ipynb #7a3df69f
+def _within(path, folder): return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+def _apart(folder, out): # where to read from
+    if _within(folder, out): raise UserError(f"{folder} lies in {out}, where the result goes: that folder is made anew, and your files would be gone. Move them elsewhere.")
+    return folder
+
 def setup_data(
     name:str, # codecontests, mbpp, humaneval or gsm8k
     root='storage/datasets', # The data set becomes a folder in it
@@ -275,7 +294,7 @@ def setup_data(
     "Get a data set. Raises `UserError` naming what is wrong and where."
     if name not in SOURCES: raise UserError(f"Unknown data set '{name}'.{nearest(name, SOURCES)} There are {', '.join(SOURCES)}.")
     if bad := [l for l in languages if l not in LANGUAGES]: raise UserError(f"Unknown language '{bad[0]}'.{nearest(bad[0], LANGUAGES)} CodeContests has {', '.join(LANGUAGES)}.")
-    if folder: files, origin = local_files(SOURCES[name], folder), dict(folder=str(Path(folder).resolve()))
+    if folder: files, origin = [f for f in local_files(SOURCES[name], _apart(folder, Path(root)/name)) if not _within(f[1], Path(root)/name)], dict(folder=str(Path(folder).resolve()))
     else:
         files, revision = hub_files(SOURCES[name].repo, SOURCES[name].files, Path(root).parent/'downloads'/name)
         origin = dict(revision=revision)
@@ -355,13 +374,13 @@ def setup_model(
     "Get a model. Raises `UserError` naming what is wrong and where."
     if name not in MODELS: raise UserError(f"Unknown model '{name}'.{nearest(name, MODELS)} There are {', '.join(MODELS)}.")
     (repo, pattern), out, origin = MODELS[name], Path(root)/name, dict(folder=str(Path(folder).resolve())) if folder else {}
-    if folder and not Path(folder).is_dir(): raise UserError(f"{folder} is no folder.")
+    if folder and not Path(_apart(folder, out)).is_dir(): raise UserError(f"{folder} is no folder.")
     if repo and not folder:
         folder = Path(root).parent/'downloads'/name
         origin = dict(revision=hub_files(repo, pattern, folder, 'model')[1])
     if name == 'meta-mtp-7b':
         from weighted_mtp.models import convert_meta
-        convert_meta(_release(folder), out)
+        convert_meta(_apart(_release(folder), out), out)
     elif name == 'micro': out.mkdir(parents=True, exist_ok=True); _micro(out)
     else: _copied(Path(folder), pattern, out)
     files = {f.name: dict(bytes=f.stat().st_size, sha256=_sha256(f)) for f in sorted(out.iterdir()) if f.is_file() and f.name != 'setup.json'}
@@ -372,6 +391,7 @@ def setup_model(
 def _copied(folder, pattern, out):
     files = [f for f in sorted(folder.iterdir()) if f.is_file() and re.search(pattern, f.name)]
     if not any(f.name == 'config.json' for f in files): raise UserError(f"{folder} holds no config.json: not a Hugging Face model.")
+    out = out.resolve() # a link stays one
     part = out.with_name(out.name + '.part')
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
     for f in tqdm(files, desc='copying', unit='file', leave=False): shutil.copy2(f, part/f.name)
@@ -386,23 +406,26 @@ def _file_problems(folder, files):
 
 def _count_problem(folder, split, facts): # lines of both files against what was counted
     from weighted_mtp.data import read_lines
-    found = Counter(r['is_correct'] for rows in read_lines(folder/f'{split}.jsonl') for r in rows)
+    found = Counter(r['is_correct'] for rows in (read_lines(folder/f'{split}.jsonl') if facts['correct'] + facts['incorrect'] else ()) for r in rows)
     if (found[True], found[False]) != (facts['correct'], facts['incorrect']): return f"{split}.jsonl has {found[True]} correct and {found[False]} incorrect solutions instead of {facts['correct']} and {facts['incorrect']}"
     with open(folder/f'{split}.problems.jsonl', 'rb') as f: n = sum(1 for _ in f)
     return f"{split}.problems.jsonl has {n} problems instead of {facts['problems']}" if n != facts['problems'] else None
 
 def _index_problem(index, facts): # of one tokenised form of a split
-    from weighted_mtp.corpus import read_index
+    from weighted_mtp.corpus import Corpus
     if index.name.split('-')[0] != facts['files'][f'{index.parent.stem}.jsonl']['sha256'][:12]: return 'is older than its data; delete it'
-    i = read_index(index/'index.parquet')
-    if (i.correct.sum(), (~i.correct).sum()) != (facts['correct'], facts['incorrect']) or sorted(i.line.tolist()) != list(range(len(i))): return 'does not have every line once; delete it'
+    c = Corpus(index)
+    i = c.index
+    if len(c) != len(i) or (i.correct.sum(), (~i.correct).sum()) != (facts['correct'], facts['incorrect']) or sorted(i.line.tolist()) != list(range(len(i))): return 'does not have every line once; delete it'
 
 def _check_data(folder):
     facts = read_json(folder/'dataset.json')
+    if 'arguments' in facts: return # the embedded default, which wmtp-setup does not make
     for split, s in facts['splits'].items():
         problem = next(_file_problems(folder, s['files']), None) or _count_problem(folder, split, s)
         yield f'{folder}/{split}', problem, f"{s['problems']} problems, {s['correct']} correct, {s['incorrect']} incorrect"
         for index in sorted((folder/f'{split}.index').glob('*-*')):
+            if index.suffix == '.part': continue # cut off; made anew when it is needed
             if not problem: yield str(index), _index_problem(index, s), 'index of all lines'
 
 def _check_model(folder):
@@ -416,7 +439,8 @@ def _forward(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     import weighted_mtp.models # registers ours
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype='auto')
+        tokenizer, (model, info) = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype='auto', output_loading_info=True)
+        if gone := sorted(info['missing_keys']) + [x[0] for x in sorted(info['mismatched_keys'])]: return f'no file holds the tensor {gone[0]}', ''
         if len(tokenizer) > model.get_input_embeddings().num_embeddings: return f'tokenizer has {len(tokenizer)} tokens, the model {model.get_input_embeddings().num_embeddings}: not its own', ''
         with torch.no_grad(): loss = torch.nn.functional.cross_entropy(model(ids := torch.tensor([tokenizer('def add(a, b):\\n    return a + b\\n')['input_ids']])).logits[0, :-1].float(), ids[0, 1:])
     except Exception as e: return f'{type(e).__name__}: {str(e).splitlines()[0][:150]}', ''
@@ -426,14 +450,17 @@ def verify(
     root='storage', # Its folders `datasets` and `models`
 )->int: # How many items are not right
     "Check everything that was set up; prints a line an item."
-    root, bad = Path(root), 0
+    root, bad, items = Path(root), 0, 0
     data, models = sorted(root.glob('datasets/*/dataset.json')), sorted(root.glob('models/*/setup.json'))
-    items = [c for f in data if 'splits' in read_json(f) for c in [_check_data(f.parent)]] + [_check_model(f.parent) for f in models]
+    for file, check in [(f, _check_data) for f in data] + [(f, _check_model) for f in models]:
+        try:
+            for what, problem, fine in check(file.parent):
+                bad, items = bad + bool(problem), items + 1
+                print(f"{'FAILED' if problem else 'ok':7}{what}: {problem or fine}", flush=True)
+        except (UserError, OSError, KeyError, TypeError, AttributeError) as e:
+            bad, items = bad + 1, items + 1
+            print(f"FAILED {file.parent}: {f'{file.name} is not as wmtp-setup writes it ({type(e).__name__}: {e})' if not isinstance(e, UserError) else e}", flush=True)
     if not items: raise UserError(f"{root} holds nothing that wmtp-setup made.")
-    for item in items:
-        for what, problem, fine in item:
-            bad += bool(problem)
-            print(f"{'FAILED' if problem else 'ok':7}{what}: {problem or fine}", flush=True)
     return bad
 
 # %% ../nbs/15_storage.ipynb #9575dd4a
@@ -443,7 +470,8 @@ def upload(
     to:str='', # s3://BUCKET/PREFIX, or volume://STORAGE, where `path` begins with the volume's name (default: `volume_root` of settings.ini)
 )->int: # How many files were sent
     "Copy a folder to where the cluster finds it. Raises `UserError` in words."
-    folder = Path(root)/path
+    root, folder = (Path(os.path.abspath(x)) for x in (root, Path(root)/path)) # links are not followed: storage may have some
+    if not folder.is_relative_to(root): raise UserError(f"{path} does not lie in {root}: give what to upload as a path in it, such as datasets/mbpp.")
     files = [f for f in sorted(folder.rglob('*')) if f.is_file() and f.suffix != '.part'] if folder.is_dir() else [folder] if folder.is_file() else []
     if not files: raise UserError(f"{folder} holds nothing to upload.")
     m = re.fullmatch(r'(s3)://([^/]+)/?(.*?)/*|(volume)://([^/]+)/?', to := to or load_site().volume_root)
@@ -463,7 +491,8 @@ def _to_s3(bucket): # a function that sends a file, unless it is there
     env = load_env()
     for k in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_DEFAULT_REGION'):
         if env.get(k): os.environ.setdefault(k, env[k])
-    client = boto3.client('s3')
+    try: client = boto3.client('s3')
+    except (BotoCoreError, ValueError) as e: raise UserError(f"S3 cannot be used ({redact(str(e))[:200]}). Check the AWS_ variables here and in .env.") from None
     def send(file, key):
         digest = _sha256(file)
         try:
@@ -479,6 +508,7 @@ def _to_s3(bucket): # a function that sends a file, unless it is there
 def _to_volume(storage): # likewise; whether it is there VESSL's client cannot say
     from weighted_mtp.vessl_client import VESSL
     def send(file, key):
+        if '/' not in key: raise UserError(f"{key}: the first part of the path names the volume, such as datasets/{key}.")
         volume, *folder, _ = key.split('/')
         VESSL.ask('upload', wait=max(600, file.stat().st_size/1e6), source=str(file.resolve()), storage=storage, volume=volume, folder='/'.join(folder)) # a megabyte a second, at least
         return 1
@@ -518,4 +548,5 @@ def wmtp_setup(argv=None):
     import sys
     try: return _set_up(_options().parse_args(argv))
     except UserError as e: print(f'Error: {e}', file=sys.stderr); return 2
+    except OSError as e: print(f"Error: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr); return 2 # disk full, not writable
     except KeyboardInterrupt: print('\nInterrupted. What is complete stays; the same command goes on.', file=sys.stderr); return 130

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .config import UserError, flatten, load_config, project_root, read_json, steps_per_epoch, to_yaml, total_steps, write_text
+from .data import vocabulary_id
 from .models import load_backbone, read_checkpoint, save_checkpoint, trained_state
 from .remote import Tracker, Uploader
 
@@ -510,9 +511,18 @@ def load_parts(
     except (OSError, ValueError) as e: raise UserError(f"model.tokenizer = {where or m.backbone}: cannot be loaded ({str(e).splitlines()[0]})") from None
     if tokenizer.eos_token_id is None: raise UserError(f"model.tokenizer = {where or m.backbone}: has no end-of-text token, so a model would never learn to stop.")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token # Llama's has none; padding is masked, whatever it is
-    if m.backbone != 'micro': return tokenizer, load_backbone(m.backbone, getattr(torch, m.dtype) if torch.cuda.is_available() else torch.float32)
+    if m.backbone != 'micro':
+        backbone = load_backbone(m.backbone, getattr(torch, m.dtype) if torch.cuda.is_available() else torch.float32)
+        _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
+        return tokenizer, backbone
     from weighted_mtp.synthetic import make_micro_model
     return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers, n_heads=m.n_heads, max_length=d.max_length, seed=config.training.seed)
+
+def _same_tokens(tokenizer, where, name, n): # a model reads numbers: with another tokenizer they are other words
+    if len(tokenizer) > n: raise UserError(f"model.tokenizer = {where or name} has {len(tokenizer)} tokens, model.backbone = {name} knows {n}: not the tokenizer that it was trained with.")
+    try: own = AutoTokenizer.from_pretrained(name) if where else None
+    except (OSError, ValueError): own = None # it has none with it
+    if own and vocabulary_id(own) != vocabulary_id(tokenizer): raise UserError(f"model.tokenizer = {where} gives tokens other numbers than the tokenizer of model.backbone = {name}. Leave model.tokenizer out (dataset.embedded=true sets it, too).")
 
 def print_metrics(metrics): # the end of the log: what a reader looks for
     print('\n'.join(f'{k:38} {v:8.3f}' for k, v in sorted(metrics.items())), flush=True)

@@ -15,6 +15,8 @@ EVAL = dict(kind='humaneval', test='def check(candidate):\n    assert candidate(
 GOOD, GOOD_IO = 'def add(a, b):\n    return a + b\n', 'a, b = map(int, input().split())\nprint(a + b)\n'
 NO = {'failed', 'error', 'killed', 'timeout', 'memory', 'output'}
 
+FORGED = 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'%s\')\n    except OSError: pass\n' # to the referee
+
 # name: (program, tests, statuses that are right)
 HOSTILE = {
     'good': (GOOD, ADD, {'passed'}), 'good, stdio': (GOOD_IO, IO, {'passed'}), 'good, humaneval': (GOOD, EVAL, {'passed'}),
@@ -46,6 +48,13 @@ HOSTILE = {
     # getting out
     'kills its parent': ('import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(1)\n' + GOOD, ADD, NO), 'kills everything': ('import os, signal\nos.kill(-1, signal.SIGKILL)\n' + GOOD, ADD, NO), 'kills its group': ('import os, signal\nos.killpg(0, signal.SIGKILL)', ADD, NO), 'kills process 1': ('import os, signal\ntry: os.kill(1, signal.SIGKILL)\nexcept OSError: pass\n' + GOOD, ADD, {'passed', 'killed'}),
     'reads the environment': ('import os\nassert not [k for k in os.environ if k not in ("LC_CTYPE",)], os.environ\n' + GOOD, ADD, {'passed'}),
+    'puts its own abs into the tests': ('def add(a, b): return 3\ndef abs(x): return 0\ndef tuple(x): return 0', dict(kind='asserts', tests=['assert abs(add(1, 2) - 77) < 1', 'assert tuple([1]) == (1,)']), {'failed'}),
+    'puts its own math into the tests': ('class math: isclose = staticmethod(lambda *a: True)\ndef add(a, b): return 7.', dict(kind='asserts', tests=['assert math.isclose(add(1, 2), 3.0)']), {'failed'}),
+    'answers eval': (FORGED % r'{"set": ["y", "eval"], "add": ["h", 0, "function"]}\n{"value": ["s", ""], "args": []}\n' + 'def add(a, b): return 1', dict(kind='asserts', tests=['assert set(add(1, 2)) == {4}']), NO),
+    'answers a module that exits': (FORGED % r'{"add": ["m", "unittest.__main__"]}\n' + 'def add(a, b): return 1', ADD, NO), 'exits in a test': ('def add(a, b): return range(3)\nclass X:\n    def __iter__(self): raise SystemExit\ndef add(a, b): return X()', dict(kind='asserts', tests=['assert list(add(1, 2)) == [3]']), {'error'}),
+    'makes the tests take memory': ('def add(a, b): return range(4*10**8)', dict(kind='asserts', tests=['assert list(add(1, 2)) == [3]']), {'error', 'timeout'}),
+    'nests folders': ('import os\nfor i in range(3000):\n    os.mkdir("d"); os.chdir("d")\n' + GOOD, ADD, {'passed', 'error'}),
+    'writes a verdict to every process': ('import os\nfor p in os.listdir("/proc") if os.path.isdir("/proc") else ():\n    for fd in range(1, 30):\n        try: os.write(os.open(f"/proc/{p}/fd/{fd}", 1), b\'\\n{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\\n\')\n        except OSError: pass\ndef add(a, b): return 0', ADD, {'failed'}),
     'leaves a daemon': ('import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        for fd in range(64):\n            try: os.close(fd)\n            except OSError: pass\n        time.sleep(987654)\n    os._exit(0)\n' + GOOD, ADD, {'passed'}),
 }
 WALLED = { # what only walls keep out
@@ -79,6 +88,20 @@ def test_hostile_programs(walls, request, monkeypatch):
     while left() and time.time() < end: time.sleep(.1)
     assert not left() and not [p for p in psutil.process_iter(['cmdline']) if '987654' in ' '.join(p.info['cmdline'] or ())]
     assert not list(temp.iterdir())
+
+RIGHT = { # right programs that are not as simple as they could be, with tests
+    'long output': ('for i in range(20000): print(i)', dict(kind='stdio', tests=[['', ''.join(f'{i}\n' for i in range(20000))]])),
+    'endless iterator': ('import itertools\nids = itertools.count()\ndef f(): return next(ids)', ['assert f() == 0', 'assert f() == 1']), 'holds itself': ('d = {}\nd["d"] = d\ndef f(): return 1', ['assert f() == 1']),
+    'used iterator': ('it = iter([1, 2])\ndef f(): return next(it)', ['assert f() == 1']), 'large table': ('memo = {i: (i, i) for i in range(300_000)}\ndef f(): return memo[2]', ['assert f() == (2, 2)']),
+    'match': ('import re\ndef f(x): return re.match("a", x)', ['assert f("a")', 'assert not f("b")']), 'namedtuple': ('from collections import namedtuple\nP = namedtuple("P", "x y")\ndef f(): return P(1, 2)', ['assert f() == (1, 2)']),
+    'IntEnum': ('from enum import IntEnum\nclass E(IntEnum): A = 3\ndef f(): return E.A', ['assert f() == 3']), 'own equality': ('class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x', ['assert P(1) == P(1)', 'assert P(1) != P(2)']),
+    'is called sum': ('def sum(a, b): return a*b', ['assert sum(2, 3) == 6']), 'tests use its module': ('import math\ndef f(): return 2.', ['assert math.isclose(f(), 2)']), 'starts itself': ('def f(): return 1\nif __name__ == "__main__": print(int(input()))', ['assert f() == 1']),
+    'tests print': ('def f(): return 1', ['print("x"*10**6)', 'assert f() == 1']), 'dataclass': ('from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 1\ndef f(): return P().x', ['assert f() == 1'])}
+
+@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
+def test_right_programs(walls):
+    found = {name: judge(program, dict(kind='asserts', tests=tests) if isinstance(tests, list) else tests, walls=walls) for name, (program, tests) in RIGHT.items()}
+    assert not {k: r for k, r in found.items() if not r.passed}
 
 @pytest.mark.skipif(not protections()['files'], reason='this kernel gives no namespaces')
 def test_walls():

@@ -188,10 +188,9 @@ def _sizes(d): # what decides the time of a step, of a resolved config
 def _seconds(folder, changed): # (what the run was, its seconds a step); None where it cannot be said
     try:
         record, result, progress = (read_json(folder/f) for f in ('record.json', 'result.json', 'progress.json'))
-        with open(folder/'log.txt', encoding='utf-8', errors='replace') as f: resumed = 'going on from' in f.read(4000)
         config, request = record['plan']['resolved'], record['request']
         steps = progress['max_steps']/(2 if config['critic']['blind_yardstick'] else 1)
-        if record['status'] != 'completed' or resumed: return None
+        if record['status'] != 'completed' or result['resumed']: return None
         return (record['target'], request['ngpus'], _sizes(config)), result['seconds'][request['pipeline']]/steps
     except (UserError, OSError, KeyError, TypeError, ZeroDivisionError): return None
 

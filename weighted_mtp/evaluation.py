@@ -8,7 +8,7 @@ __all__ = ['BENCHMARKS', 'pass_at_k', 'interval', 'load_benchmark', 'extract_cod
            'wmtp_evaluate']
 
 # %% ../nbs/10_evaluation.ipynb #1d816a5b
-import hashlib, json, math, os, re, sys, time
+import ast, hashlib, json, math, os, re, sys, textwrap, time
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .config import UserError, nearest, project_root, read_json, write_text
-from .data import format_prompt, stored_tokenizer
-from .generation import generate
+from .data import format_prompt, stored_tokenizer, vocabulary_id
+from .generation import NoRoom, generate
 from .models import load_policy, read_checkpoint
 from .sandbox import Result, judge_many, protections
 from .training import is_main, print_metrics, record_dir, tracked_run
@@ -48,6 +48,22 @@ def interval(
 # %% ../nbs/10_evaluation.ipynb #0e398f7f
 BENCHMARKS = ('synthetic', 'humaneval', 'mbpp', 'codecontests', 'gsm8k')
 
+_NEEDS = {'asserts': dict(tests=list), 'stdio': dict(tests=list), 'humaneval': dict(prompt=str, test=str, entry_point=str), 'answer': dict(answer=(str, int, float))}
+
+def _wrong_tests(p): # what is wrong with a problem, or None
+    t = p['tests']
+    if not isinstance(p['problem_id'], str) or not isinstance(p['instruction'], str): return 'problem_id and instruction have to be text'
+    if not isinstance(t, dict) or t.get('kind') not in _NEEDS: return f"tests have to be of one of the kinds {', '.join(_NEEDS)}" + (f", not {t['kind']!r}" if isinstance(t, dict) and 'kind' in t else '')
+    if bad := next((k for k, kind in _NEEDS[t['kind']].items() if not isinstance(t.get(k), kind)), None): return f"tests.{bad} is {'missing' if bad not in t else 'of the wrong type'}"
+    if t['kind'] == 'answer' and _number(t['answer']) is None: return f"tests.answer = {t['answer']!r} is no number"
+    if t.get('tests') == []: return 'tests.tests is empty: every answer would pass'
+    inner = (lambda x: isinstance(x, str)) if t['kind'] == 'asserts' else (lambda x: isinstance(x, (list, tuple)) and len(x) == 2 and all(isinstance(y, str) for y in x))
+    if not all(map(inner, t.get('tests', ()))): return f"tests.tests has to hold {'statements' if t['kind'] == 'asserts' else 'pairs of input and output'}"
+
+def _number(text): # None where it is none, such as 1.2.3
+    try: return float(text)
+    except (TypeError, ValueError): return None
+
 def load_benchmark(
     name:str, # One of `BENCHMARKS`, or a file of problems
     root='storage/datasets',
@@ -58,28 +74,41 @@ def load_benchmark(
     if not file.is_file():
         if name not in BENCHMARKS: raise UserError(f"Unknown benchmark '{name}'.{nearest(name, BENCHMARKS)} There are {', '.join(BENCHMARKS)}, or a .jsonl file of problems.")
         raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")
-    out = []
+    out, seen = [], {}
     for i, line in enumerate(open(file, 'rb'), 1):
         try: p = json.loads(line)
         except ValueError as e: raise UserError(f"{file}, line {i}: not valid JSON ({e}).") from None
         missing = [k for k in ('problem_id', 'instruction', 'tests') if not isinstance(p, dict) or k not in p]
         if missing: raise UserError(f"{file}, line {i}: field '{missing[0]}' is missing.")
+        if wrong := _wrong_tests(p): raise UserError(f"{file}, line {i}: {wrong}.")
+        if p['problem_id'] in seen: raise UserError(f"{file}, line {i}: problem_id {p['problem_id']!r} was there before, in line {seen[p['problem_id']]}.")
+        seen[p['problem_id']] = i
         out.append(p)
     if not out: raise UserError(f"{file} holds no problem.")
     return out
 
 # %% ../nbs/10_evaluation.ipynb #da5fb302
-_FENCE = re.compile(r'^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)', re.S | re.M)
+_FENCE = re.compile(r'^([ \t]*)(`{3,}|~{3,})([^\n]*)\n(.*?)(?:^[ \t]*(?P<end>\2)[ \t]*$|\Z)', re.S | re.M)
 
-def _defines(tests): # what finds the definition of the function that is asked for
-    return re.compile(rf"^[ \t]*(async[ \t]+)?def[ \t]+{re.escape(tests['entry_point'])}\b", re.M) if tests.get('entry_point') else None
+def _is_code(text):
+    try: return bool(text.strip() and ast.parse(textwrap.dedent(text)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return False
+
+def _defines(*names): # what finds a definition of one of them
+    return re.compile(rf"^[ \t]*(async[ \t]+)?(def|class)[ \t]+({'|'.join(map(re.escape, names))})\b", re.M) if names else None
+
+def _asked_for(tests): # names that a program has to define
+    return [tests['entry_point']] if tests.get('entry_point') else sorted(set(re.findall(r'\b([A-Za-z_]\w*)\(', '\n'.join(tests['tests'])))) if tests.get('kind') == 'asserts' else []
 
 def extract_code(
     text:str, # What the model wrote
     tests:dict|None=None, # The problem's
 )->str:
-    "The code in an answer: that of a Markdown fence, where there is one."
-    blocks, defines = [m[2] for m in _FENCE.finditer(text)], _defines(tests or {})
+    "The code in an answer: that of a Markdown fence, where there is one; of several the one that defines what is asked for, else the longest."
+    found, defines = list(_FENCE.finditer(text)), _defines(*_asked_for(tests or {}))
+    blocks = [re.sub(f'^{m[1]}', '', m[4], flags=re.M) for m in found if m[4].strip()] # a fence in a list is indented, and its code with it
+    alone = len(found) == 1 and not found[0]['end'] and not found[0][3].strip() and text[:found[0].start()]
+    if alone and (not blocks or _is_code(alone)): return alone # the end of a fence that begins in the prompt, or nowhere
     if not blocks: return text
     return next((b for b in blocks if defines and defines.search(b)), max(blocks, key=len))
 
@@ -87,11 +116,11 @@ def whole_program(
     code:str, # As `extract_code` gives it
     tests:dict|None=None, # The problem's
 )->str:
-    "What is run: of HumanEval's functions the prompt is the beginning."
+    "What is run: of HumanEval's functions the prompt is the beginning, unless the whole function is there again."
     if not tests or tests['kind'] != 'humaneval': return code
-    prompt, defines = tests['prompt'], _defines(tests)
-    begins = defines.search(prompt)
-    return prompt[:begins.start()] + '\n' + code if begins and defines.search(code) else prompt + code # a whole function: what stands before it (imports, helpers), then it
+    prompt, defines = tests['prompt'], _defines(tests['entry_point'])
+    begins, again = defines.search(prompt), defines.search(code) and not re.match(r'\s*\n[ \t]|[ \t]', code) # a body is indented from its first line
+    return prompt[:begins.start()] + '\n' + code if begins and again else prompt + code # what stands before it (imports, helpers), then it
 
 def answer_of(
     text:str,
@@ -104,10 +133,6 @@ def answer_of(
 # %% ../nbs/10_evaluation.ipynb #31a628d8
 def _seed(seed, problem_id): return int(hashlib.sha256(f'{seed} {problem_id}'.encode()).hexdigest()[:8], 16)
 
-def _number(text): # None where it is none, such as 1.2.3
-    try: return float(text)
-    except (TypeError, ValueError): return None
-
 def _verdicts(problems, texts): # one `Result` an answer
     jobs, where, out = [], [], [None]*len(texts)
     for i, (p, text) in enumerate(zip(problems, texts)):
@@ -118,7 +143,8 @@ def _verdicts(problems, texts): # one `Result` an answer
 
 def _answered(model, tokenizer, p, samples, seed, **how): # rows of one problem
     start = time.monotonic()
-    made = generate(model, tokenizer, [format_prompt(p['instruction'], p.get('input') or '')]*samples, seed=_seed(seed, p['problem_id']), **how)
+    try: made = generate(model, tokenizer, [format_prompt(p['instruction'], p.get('input') or '')]*samples, seed=_seed(seed, p['problem_id']), **how)
+    except NoRoom as e: return [dict(problem_id=p['problem_id'], sample=i, completion='', text='', status='error', message=str(e), reason='no room', tokens=0, passes=0, seconds=0.) for i in range(samples)]
     took, names = time.monotonic() - start, dict(problem_id=p['problem_id'], **({'task_id': p['problem_id']} if p['tests']['kind'] == 'humaneval' else {}))
     return [dict(names, sample=i, completion=extract_code(g.text, p['tests']), text=g.text, status=v.status, message=v.message, reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=took/samples)
             for i, (g, v) in enumerate(zip(made, _verdicts([p]*samples, [g.text for g in made])))]
@@ -166,10 +192,13 @@ def evaluate(
 )->dict: # pass@k with intervals, counts, speed; and `file`, where the samples are
     "Evaluate a model; under torchrun each process takes a share. Raises `UserError` for a benchmark or k that cannot be used."
     name, problems = (name or benchmark, load_benchmark(benchmark, root)) if isinstance(benchmark, str) else (name or 'problems', benchmark)
-    name, samples, state = Path(name).name.removesuffix('.jsonl').removesuffix('.problems'), samples or max(ks), PartialState()
+    name, samples, state = Path(name).name.removesuffix('.jsonl').removesuffix('.problems'), max(ks, default=1) if samples is None else samples, PartialState()
+    if min(ks, default=0) < 1: raise UserError(f"k of pass@k has to be at least 1, not {', '.join(map(str, ks)) or 'missing'}.")
     if max(ks) > samples: raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples a problem, not {samples}.")
+    for what, x, fine in (('max_new_tokens', max_new_tokens, max_new_tokens >= 1), ('temperature', temperature, temperature is None or temperature >= 0), ('top_p', top_p, 0 < top_p <= 1), ('limit', limit, limit is None or limit >= 1)):
+        if not fine: raise UserError(f"{what} = {x} is not possible.")
     how = dict(temperature=(0. if samples == 1 else .8) if temperature is None else temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=list(stop), self_speculative=self_speculative)
-    settings = dict(benchmark=name, of=of, samples=samples, seed=seed, **how)
+    settings = dict(benchmark=name, problems=hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12], of=of, tokenizer=vocabulary_id(tokenizer), samples=samples, seed=seed, **how)
     if folder: Path(folder).mkdir(parents=True, exist_ok=True)
     kept = _Kept(Path(folder)/f'{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl' if folder else None, samples, state.process_index)
     state.wait_for_everyone() # all have read
@@ -207,7 +236,7 @@ def summary(
         values = [pass_at_k(len(v), sum(r['status'] == 'passed' for r in v), k) for v in by.values()]
         out |= {f'pass@{k}': float(np.mean(values)), f'pass@{k}_interval': interval(values)}
     tokens, passes = sum(r['tokens'] + (r['reason'] == 'eos') for r in rows), sum(r['passes'] for r in rows) # the end is a token, too
-    return out | dict(verdicts=dict(Counter(r['status'] for r in rows).most_common()), cut_off=sum(r['reason'] == 'length' for r in rows), tokens_per_pass=tokens/max(1, passes), tokens_per_second=tokens/max(1e-9, sum(r['seconds'] for r in rows)))
+    return out | dict(verdicts=dict(Counter(r['status'] for r in rows).most_common()), cut_off=sum(r['reason'] == 'length' for r in rows), no_room=sum(r['reason'] == 'no room' for r in rows), tokens_per_pass=tokens/max(1, passes), tokens_per_second=tokens/max(1e-9, sum(r['seconds'] for r in rows)))
 
 def in_words(
     found:dict, # What `evaluate` returns
@@ -215,7 +244,7 @@ def in_words(
     "An evaluation as a person reads it."
     scores = '  '.join(f"pass@{k} {100*found[f'pass@{k}']:.1f} % [{100*low:.1f}, {100*high:.1f}]" for k in _ks(found) for low, high in [found[f'pass@{k}_interval']])
     return (f"{found['benchmark']}: {scores}  ({found['problems']} problems, {found['samples']} sample{'s' if found['samples'] > 1 else ''} each; 95 % intervals over problems)\n"
-            f"  {', '.join(f'{n} {v}' for v, n in found['verdicts'].items())}; {found['cut_off']} cut off at max_new_tokens; {found['tokens_per_pass']:.2f} tokens a pass, {found['tokens_per_second']:.0f} tokens/s")
+            f"  {', '.join(f'{n} {v}' for v, n in found['verdicts'].items())}; {found['cut_off']} cut off at max_new_tokens; " + (f"{found['no_room']} not tried, their prompts are longer than the model has room for; " if found['no_room'] else '') + f"{found['tokens_per_pass']:.2f} tokens a pass, {found['tokens_per_second']:.0f} tokens/s")
 
 def _ks(found): return [int(k.removeprefix('pass@')) for k in found if re.fullmatch(r'pass@\d+', k)]
 
@@ -242,12 +271,13 @@ def load_judged(
     tokenizer=None, # Folder or hub name (default: the checkpoint's own)
 ): # (model, tokenizer), on the GPU where there is one
     "What is to be judged. Raises `UserError` in words."
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path, own = Path(path), tokenizer
     if not path.exists(): raise UserError(f"Checkpoint {path} not found.")
     if path.is_dir():
         try: model, own = AutoModelForCausalLM.from_pretrained(path, dtype='auto'), own or path
-        except (OSError, ValueError) as e: raise UserError(f"{path} holds no model that transformers can load ({str(e).splitlines()[0][:200]})") from None
+        except (OSError, ValueError, SafetensorError) as e: raise UserError(f"{path} holds no model that transformers can load ({str(e).splitlines()[0][:200]})") from None
     else:
         model, facts = load_policy(path), read_checkpoint(path)
         if not own: own = stored_tokenizer(facts['tokenizer']) if 'tokenizer' in facts else None
@@ -268,10 +298,10 @@ def checkpoint_id(
     return h.hexdigest()[:12]
 
 # %% ../nbs/10_evaluation.ipynb #4855f147
-def _trained_by(checkpoint, uri): # MLflow's id of the run that made a checkpoint, if it is on the same server
+def _trained_by(checkpoint): # MLflow's id of the run that made a checkpoint, and where that is
     try: run = read_json(Path(checkpoint).parent/'run.json')
-    except UserError: return None
-    return run.get('mlflow_run_id') if run.get('mlflow_uri') == uri else None
+    except UserError: return None, None
+    return run.get('mlflow_run_id'), run.get('mlflow_uri')
 
 def _told(name): # progress for the run's record
     def tell(done, of):
@@ -305,10 +335,9 @@ def run_evaluation(
     model, tokenizer = load_judged(e.checkpoint, e.tokenizer)
     if is_main(): print('sandbox: ' + '; '.join(f"{k}: {v or 'NOT PROTECTED'}" for k, v in protections().items()), flush=True)
     with tracked_run(config) as (result, run):
-        if tracker := run.get('tracker'):
-            parent = _trained_by(e.checkpoint, tracker.uri)
-            tracker.tags({'checkpoint': e.checkpoint, **({'mlflow.parentRunId': parent} if parent else {})})
-        start, of, result['evaluations'], result['judged'] = time.monotonic(), checkpoint_id(e.checkpoint), {}, str(e.checkpoint)
+        parent, uri = _trained_by(e.checkpoint)
+        if tracker := run.get('tracker'): tracker.tags({'checkpoint': e.checkpoint, **({'mlflow.parentRunId': parent} if parent and uri == tracker.uri else {})})
+        start, of, result['evaluations'], result['judged'] = time.monotonic(), checkpoint_id(e.checkpoint), {}, dict(checkpoint=str(e.checkpoint), mlflow_run_id=parent)
         for name in e.benchmarks:
             found = evaluate(model, tokenizer, problems[name], list(e.ks), e.samples, e.temperature, e.top_p, e.max_new_tokens, limit=e.limit, folder=config.checkpoint.save_dir, of=of,
                              seed=config.training.seed, self_speculative=e.self_speculative, progress=_told(name), name=name)
@@ -344,6 +373,7 @@ def _evaluate(a):
     root, names = Path(a.storage or os.path.relpath(project_root()/'storage'))/'datasets', [n.strip() for n in a.benchmark.split(',') if n.strip()]
     try: ks = sorted({int(k) for k in a.k.split(',')})
     except ValueError: raise UserError(f"--k {a.k}: whole numbers by commas, such as 1,5,10.") from None
+    if not names: raise UserError(f"--benchmark {a.benchmark!r} names none: give some of {', '.join(BENCHMARKS)}, by commas.")
     print('sandbox: ' + '; '.join(f"{k}: {v or 'NOT PROTECTED'}" for k, v in protections().items()), flush=True)
     if a.checkpoint == 'references': return sum([_print_references(judge_references(n, root)) for n in names])
     problems = {n: load_benchmark(n, root) for n in names}

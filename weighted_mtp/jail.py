@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMESPACES', 'USER', 'RDONLY', 'NOSUID', 'NODEV', 'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'PIVOT_ROOT', 'CAPSET',
-           'MEMORY', 'unshare', 'build_room', 'reachable', 'drop', 'Odd', 'pack', 'unpack', 'limit', 'play', 'nursery',
-           'Ended', 'ProgramError', 'Player', 'outcome_of', 'same_output', 'main']
+           'MEMORY', 'MEMORY_OF_REFEREE', 'unshare', 'build_room', 'reachable', 'drop', 'Odd', 'pack', 'unpack',
+           'limit', 'play', 'nursery', 'Ended', 'ProgramError', 'Player', 'outcome_of', 'same_output', 'NoWalls',
+           'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
 import ast, builtins, ctypes, json, os, resource, select, signal, socket, struct, sys, time, traceback
@@ -83,6 +84,9 @@ class Odd:
     def __setattr__(self, name, value): self.ask(number=self.number, set=name, value=pack(value))
     def __iter__(self): return iter(self.ask(number=self.number, iterate=True))
     def __len__(self): return self.ask(number=self.number, length=True)
+    def __bool__(self): return bool(self.ask(number=self.number, truth=True))
+    def __eq__(self, other): return bool(self.ask(number=self.number, equal=other.number)) if type(other) is Odd else NotImplemented
+    __hash__ = object.__hash__
     def __repr__(self): return f'<{self.kind}>'
 
 def _called(ask, args, kw, **what): # a call of the program's; arguments that it changed are changed here
@@ -93,7 +97,17 @@ def _called(ask, args, kw, **what): # a call of the program's; arguments that it
         elif isinstance(old, (dict, set)): old.clear(); old.update(new)
     return value
 
-def pack(x, depth=0, keep=None): # -> JSON; exact types only: a subclass could be anything. `keep`: gives an object a number
+def _base(x): # a subclass could be anything: its value as the built-in type has it
+    for t, value in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
+        if issubclass(type(x), t): return value(x)
+    for t, items in ((bytes, bytes.__iter__), (bytearray, bytearray.__iter__), (list, list.__iter__), (tuple, tuple.__iter__), (set, set.__iter__), (frozenset, frozenset.__iter__), (dict, dict.items)):
+        if issubclass(type(x), t): return t(items(x))
+    return x
+
+_FOREIGN = ('decimal.Decimal', 'fractions.Fraction', 'datetime.date', 'datetime.datetime', 'datetime.time')
+
+def pack(x, depth=0, keep=None): # -> JSON; `keep`: gives an object a number
+    if type(x) is not bool: x = _base(x)
     t = type(x)
     if depth > 200: raise ValueError('nested too deeply')
     if x is None or t is bool or t is str: return x if t is not str else x if _utf8(x) else ['s', x.encode('utf-8', 'surrogatepass').hex()]
@@ -105,10 +119,8 @@ def pack(x, depth=0, keep=None): # -> JSON; exact types only: a subclass could b
     if t is dict: return ['d', *([pack(k, depth+1, keep), pack(v, depth+1, keep)] for k, v in x.items())]
     if t is range: return ['r', x.start, x.stop, x.step]
     name = f'{t.__module__}.{t.__qualname__}'
-    if name in ('collections.Counter', 'collections.OrderedDict', 'collections.defaultdict'): return ['d', *([pack(k, depth+1, keep), pack(v, depth+1, keep)] for k, v in dict.items(x))]
     if name == 'collections.deque': return ['q', *(pack(y, depth+1, keep) for y in x)]
-    if name in ('decimal.Decimal', 'fractions.Fraction'): return ['n', name, str(x)]
-    if name in ('datetime.date', 'datetime.datetime', 'datetime.time'): return ['n', name, x.isoformat()]
+    if name in _FOREIGN: return ['n', name, x.isoformat() if t.__module__ == 'datetime' else str(x)]
     if name in ('builtins.map', 'builtins.filter', 'builtins.zip', 'builtins.generator', 'builtins.enumerate', 'builtins.reversed', 'builtins.list_iterator', 'builtins.list_reverseiterator', 'builtins.tuple_iterator', 'builtins.dict_keys',
                 'builtins.dict_values', 'builtins.dict_items', 'builtins.set_iterator', 'builtins.str_iterator', 'builtins.range_iterator') or t.__module__ in ('itertools', 'heapq'):
         out = ['g' if not name.startswith('builtins.dict_') else 'l']
@@ -118,7 +130,6 @@ def pack(x, depth=0, keep=None): # -> JSON; exact types only: a subclass could b
         return out
     if t is Odd: return ['h', x.number]
     if t is type and getattr(builtins, x.__name__, None) is x: return ['y', x.__name__]
-    if t is type(sys): return ['m', x.__name__]
     return ['h', keep(x), name[:80]] if keep else ['h', -1, name[:80]]
 
 def _utf8(s):
@@ -136,8 +147,9 @@ def unpack(j, known=None): # `known`: what an object's number stands for
     if kind == 'r': return range(*x)
     if kind == 'd': return {unpack(k, known): unpack(v, known) for k, v in x}
     if kind == 'n': return _named(*x)
-    if kind == 'y': return getattr(builtins, x[0])
-    if kind == 'm': return __import__('importlib').import_module(x[0]) if x[0].split('.')[0] in sys.stdlib_module_names else None
+    if kind == 'y': # types alone: what else is built in could do something here
+        if not isinstance(t := getattr(builtins, x[0]), type): raise ValueError(f'{x[0]} is no type')
+        return t
     if kind == 'h': return known(*x)
     made = [unpack(y, known) for y in x]
     if kind == 'q':
@@ -146,6 +158,7 @@ def unpack(j, known=None): # `known`: what an object's number stands for
     return {'l': list, 't': tuple, 'e': set, 'fe': frozenset, 'g': iter}[kind](made)
 
 def _named(name, text):
+    if name not in _FOREIGN: raise ValueError(f'{name} is no plain data')
     import datetime, decimal, fractions
     module, _, kind = name.partition('.')
     t = getattr(dict(datetime=datetime, decimal=decimal, fractions=fractions)[module], kind)
@@ -158,13 +171,15 @@ def limit(limits): # of this process and its children
     put(resource.RLIMIT_NOFILE, 64); put(resource.RLIMIT_CORE, 0); put(resource.RLIMIT_NPROC, limits['processes'])
 
 MEMORY = 86 # exit code where memory ran out
+MEMORY_OF_REFEREE = 2 << 30 # bytes
 
 def play(program, calls=None): # the program, then its functions; ends the process
     code = 1
     try:
         sys.argv, sys.path[:] = ['program.py'], [p for p in sys.path if p and not p.endswith('weighted_mtp')]
-        names = {'__name__': '__main__', '__builtins__': builtins}
-        main = type(sys)('__main__'); main.__dict__.update(names); sys.modules['__main__'] = main; names = main.__dict__
+        name = 'program' if calls else '__main__' # tests import a program, and do not start it
+        sys.modules[name] = main = type(sys)(name)
+        names = main.__dict__; names['__builtins__'] = builtins
         exec(compile(program, 'program.py', 'exec'), names)
         if calls: _serve(calls, names)
         code = 0
@@ -183,10 +198,16 @@ def _serve(calls, names):
         if id(x) not in numbers: numbers[id(x)] = len(objects); objects.append(x)
         return numbers[id(x)]
     def plain(x): return pack(x, keep=keep)
-    def object_of(number, *_): return objects[number]
+    def object_of(number, *_):
+        if number < 0: raise TypeError("a function or object of the tests' own cannot be handed to a program")
+        return objects[number]
+    def tried(x): # what cannot be copied stays here
+        try: return plain(x)
+        except MemoryError: raise
+        except Exception: return ['h', keep(x), type(x).__name__]
     def unplain(x): return unpack(x, object_of)
     def answer(x): calls.write(json.dumps(x) + '\n'); calls.flush()
-    answer({k: plain(v) for k, v in list(names.items()) if not k.startswith('__')})
+    answer({k: tried(names[k]) for k in json.loads(calls.readline()) if k in names})
     for line in calls:
         q = json.loads(line)
         try:
@@ -195,6 +216,8 @@ def _serve(calls, names):
             elif 'set' in q: value = setattr(x, q['set'], unplain(q['value']))
             elif 'iterate' in q: value = [y for y, _ in zip(x, range(100_000))]
             elif 'length' in q: value = len(x)
+            elif 'truth' in q: value = bool(x)
+            elif 'equal' in q: value = bool(x == objects[q['equal']])
             else: value = x(*args, **{k: unplain(a) for k, a in q['kw'].items()})
             reply = {'value': plain(value), 'args': [plain(a) for a in args]}
         except MemoryError: os._exit(MEMORY)
@@ -229,7 +252,8 @@ class ProgramError(Exception): "An error of the program's own kind."
 
 class Player:
     "One run of the program, seen from the referee."
-    def __init__(self, channel, limits, stdin=b'', calls=False):
+    def __init__(self, channel, limits, stdin=b'', calls=False, keep=None): # `keep`: bytes of standard output
+        self.keep = keep or limits['keep_bytes']
         self.channel, self.limits, self.code, self.start = channel, limits, None, time.monotonic()
         file = os.memfd_create('stdin'); os.write(file, stdin) if stdin else None; os.lseek(file, 0, 0)
         pipes = [os.pipe() for _ in range(2)]
@@ -248,8 +272,10 @@ class Player:
         for i, fd in enumerate(list(self.files)):
             if fd in ready: self._take(fd)
         if self.socket in ready:
-            if more := self.socket.recv(1 << 16): self.said += more
-            else: self.socket = None
+            try: more = self.socket.recv(1 << 16)
+            except ConnectionError: more = b'' # it ended without reading what it was asked
+            self.said += more
+            if not more: self.socket = None
             if len(self.said) > 1 << 26: raise Ended('output', 'an answer of more than 64 MB')
         if self.channel in ready:
             word = self.channel.recv(16)
@@ -260,8 +286,8 @@ class Player:
         more = os.read(fd, 1 << 16)
         if not more: self.files.remove(fd); return
         self.total += len(more)
-        text = self.text[0 if fd == self.out else 1]
-        text += more[:max(0, self.limits['keep_bytes'] - len(text))]
+        text, keep = (self.text[0], self.keep) if fd == self.out else (self.text[1], self.limits['keep_bytes'])
+        text += more[:max(0, keep - len(text))]
         if self.total > self.limits['output_bytes']: raise Ended('output', f"more than {self.limits['output_bytes']} bytes of output")
 
     def _drain(self): # what is in the pipes; who else holds them does not matter
@@ -283,9 +309,12 @@ class Player:
     def known(self, number, kind=''): # one `Odd` for one object
         return self.odd.setdefault(number, Odd(number, kind, self.ask))
 
-    def ask(self, **question):
-        try: self.socket.sendall(json.dumps(question).encode() + b'\n')
+    def tell(self, x):
+        try: self.socket.sendall(json.dumps(x).encode() + b'\n')
         except (OSError, AttributeError): pass # `line` finds out why
+
+    def ask(self, **question):
+        self.tell(question)
         reply = self.line()
         if 'error' in reply:
             kind = getattr(builtins, str(reply['error'][0]), None)
@@ -311,20 +340,35 @@ def same_output(said, expected): # token by token; numbers with a point may diff
         except ValueError: return False
     return len(a) == len(b) and all(map(equal, a, b))
 
+def _asked(tests): # names that tests may have from the program, and those of modules that they look into
+    used, own, called, looked = set(), set(dir(builtins)), set(), set()
+    for test in tests:
+        try: nodes = list(ast.walk(ast.parse(test)))
+        except (SyntaxError, ValueError, RecursionError): continue # it is told when its turn comes
+        used |= {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}
+        own |= {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)} | {x.name for x in nodes if isinstance(x, (ast.FunctionDef, ast.ClassDef))} | {x.arg for x in nodes if isinstance(x, ast.arg)}
+        called |= {x.func.id for x in nodes if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}
+        looked |= {x.value.id for x in nodes if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)}
+    modules = (looked & sys.stdlib_module_names) - called - own
+    return (used - set(dir(builtins)) if used - own - modules else used) - modules, modules # a program may be asked for its `sum`, but not for the `abs` that judges it
+
 def _asserts(player, tests): # statements, with the program's names
-    names = {**{k: unpack(v, player.known) for k, v in player.line().items()}, '__name__': 'tests'}
+    wanted, modules = _asked(tests)
+    player.tell(sorted(wanted | modules))
+    has = player.line()
+    names = {**{k: unpack(v, player.known) for k, v in has.items() if k in wanted}, **{k: __import__(k) for k in modules if k in has}, '__name__': 'tests'}
     for i, test in enumerate(tests):
         try: exec(compile(test, f'test {i+1}', 'exec'), names)
         except Ended: raise
         except AssertionError: raise Ended('failed', f'test {i+1}: {test.strip()[:200]}') from None
-        except (Exception, RecursionError) as e: raise Ended('error', f'test {i+1}: {type(e).__name__}: {str(e)[:300]}') from None
+        except BaseException as e: raise Ended('error', f'test {i+1}: {type(e).__name__}: {str(e)[:300]}') from None
 
 def _judge(channel, limits, tests): # status, message, player
     kind, player = tests['kind'], None
     try:
         if kind == 'stdio':
             for i, (given, expected) in enumerate(tests['tests'], 1):
-                player = Player(channel, limits, given.encode('utf-8', 'surrogatepass'))
+                player = Player(channel, limits, given.encode('utf-8', 'surrogatepass'), keep=limits['output_bytes'])
                 if player.end(): raise Ended(*outcome_of(player.code, player))
                 if not same_output(bytes(player.text[0]).decode('utf-8', 'replace'), expected): raise Ended('failed', f'test {i}: other output than expected')
         elif kind == 'script':
@@ -336,7 +380,7 @@ def _judge(channel, limits, tests): # status, message, player
             _asserts(player, statements)
         return 'passed', '', player
     except Ended as e: return e.status, e.message, player
-    except Exception as e: return 'error', f'an answer that is none ({type(e).__name__})', player
+    except Exception as e: return 'error', f'an answer that is none ({type(e).__name__}: {str(e)[:200]})', player
 
 # %% ../nbs/06_jail.ipynb #9b4bb4db
 def _exactly(n):
@@ -352,18 +396,28 @@ def _quiet(): # nothing of ours for the program to find
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2): os.dup2(null, fd)
 
+def _say(**verdict): # on a line of its own
+    text = b'\n' + json.dumps(verdict).encode() + b'\n'
+    while text: text = text[os.write(1, text):]
+
+class NoWalls(Exception): "The kernel gives namespaces, but no mounts in them."
+
 def _referee(job, uid):
     limits, here, there = job['limits'], *socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if limits['walls']: build_room(limits['folder'], limits['disk_mb'])
+    try:
+        if limits['walls']: build_room(limits['folder'], limits['disk_mb'])
+    except OSError as e: raise NoWalls(str(e)) from None
     if os.fork() == 0: _quiet(); here.close(); nursery(there, job['program'], limits, uid)
     there.close()
     drop(None if uid is None else uid + 1, limits['read'])
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0); _libc.prctl(4, 0, 0, 0, 0) # dies with its parent; nobody looks into it
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_OF_REFEREE, MEMORY_OF_REFEREE)) # tests copy what the program returns
     tests = _message()
+    sys.stdout = sys.stderr = open(os.devnull, 'w') # tests may print
     start = time.monotonic()
     status, message, player = _judge(here, limits, tests)
-    out, err = (bytes(t).decode('utf-8', 'replace') for t in player.text) if player else ('', '')
-    os.write(1, json.dumps(dict(status=status, message=message, stdout=out, stderr=err, seconds=time.monotonic() - start, walls=limits['walls'])).encode())
+    out, err = (bytes(t[:limits['keep_bytes']]).decode('utf-8', 'replace') for t in player.text) if player else ('', '')
+    _say(status=status, message=message, stdout=out, stderr=err, seconds=time.monotonic() - start, walls=limits['walls'], token=tests['token']) # which shows whose verdict it is
 
 def _descendants(): # of this process, which all orphans come back to
     try: return [int(p) for t in os.listdir('/proc/self/task') for p in open(f'/proc/self/task/{t}/children').read().split()]
@@ -373,12 +427,13 @@ def main():
     job = _message()
     _libc.prctl(36, 1, 0, 0, 0) # orphans come to this process
     job['limits']['walls'] = job['limits']['walls'] and unshare()
+    _libc.prctl(4, 0, 0, 0, 0) # nobody looks into this process, either; before `unshare` it would forbid that
     job['limits']['read'] = not job['limits']['walls'] and not reachable(os.path.dirname(os.__file__))
     uid = 1_000_000 + 2*os.getpid() if os.getuid() == 0 else None # nobody else's
     if not job['limits']['walls'] and uid: os.chmod(job['limits']['folder'], 0o777)
     if (pid := os.fork()) == 0:
         try: _referee(job, uid)
-        except BaseException as e: os.write(1, json.dumps(dict(status='broken', message=f'{type(e).__name__}: {e}', stdout='', stderr=traceback.format_exc(), seconds=0., walls=False)).encode())
+        except BaseException as e: _say(status='no walls' if isinstance(e, NoWalls) else 'broken', message=f'{type(e).__name__}: {e}', stderr=traceback.format_exc())
         os._exit(0)
     os.waitpid(pid, 0)
     while left := _descendants(): # without walls only; with them the namespace is gone

@@ -213,7 +213,7 @@ def facts(
     import pandas as pd
     r, git = run.record, run.record.get('git') or {}
     rows = {'pipeline': f"{r['request']['pipeline']}, {r['request']['ngpus']} {'process' if r['target'] == 'local' else 'GPU'}{'' if r['request']['ngpus'] == 1 else 'es' if r['target'] == 'local' else 's'}", 'target': r['target'], 'started': r.get('started') or r['created'], 'effective batch': r['plan'].get('effective_batch'),
-            'commit': (git.get('commit') or 'none') + (' with uncommitted changes' if git.get('dirty') else ''), 'command': ' '.join(r['plan']['command']), 'judged': run.result.get('judged'),
+            'commit': (git.get('commit') or 'none') + (' with uncommitted changes' if git.get('dirty') else ''), 'command': ' '.join(r['plan']['command']), 'judged': run.result.get('judged', {}).get('checkpoint'),
             'checkpoints': ', '.join(run.result.get('checkpoints', {}).values()), 'MLflow run': run.result.get('mlflow_run_id'), 'versions': ', '.join(f'{k} {v}' for k, v in (r.get('versions') or {}).items())}
     return pd.DataFrame({'': {k: v for k, v in rows.items() if v not in (None, '')}})
 
@@ -242,7 +242,8 @@ def speed(
     import pandas as pd
     rows, last = {f'{k}, seconds': round(v, 1) for k, v in run.result['seconds'].items()}, max(run.history, default=0)
     first = next(iter(run.result['seconds'].values()), 0)
-    if last and first: rows |= {'optimizer steps': last, 'steps a second': round(last/first, 3), 'samples a second': round(last*(run.record['plan'].get('effective_batch') or 0)/first, 2)}
+    if run.result.get('resumed'): rows |= {'optimizer steps': last, 'steps a second': 'not known: the run was cut off, and the seconds are of its last part'}
+    elif last and first: rows |= {'optimizer steps': last, 'steps a second': round(last/first, 3), 'samples a second': round(last*(run.record['plan'].get('effective_batch') or 0)/first, 2)}
     return pd.DataFrame({'': rows})
 
 # %% ../nbs/16_report.ipynb #21baf738
@@ -253,10 +254,10 @@ def evaluations(
     import pandas as pd
     from weighted_mtp.records import read_records
     found = [(run.folder.name, run.result.get('evaluations', {}))]
-    own = {str(c) for c in run.result.get('checkpoints', {}).values()}
-    for folder, record in read_records() if own else []:
+    me = run.result.get('mlflow_run_id') # not the path: a later run of the same name has the same
+    for folder, record in read_records() if me and run.result.get('checkpoints') else []:
         result = read_json(folder/'result.json') if (folder/'result.json').is_file() else {}
-        if result.get('judged') in own: found.append((folder.name, result.get('evaluations', {})))
+        if result.get('judged', {}).get('mlflow_run_id') == me: found.append((folder.name, result.get('evaluations', {})))
     rows = []
     for name, each in found:
         for benchmark, e in each.items():

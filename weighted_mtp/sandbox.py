@@ -6,8 +6,9 @@
 __all__ = ['Result', 'judge', 'run_program', 'protections', 'judge_many']
 
 # %% ../nbs/06_sandbox.ipynb #e8cbd0f3
-import json, os, signal, struct, subprocess, sys, tempfile
+import json, os, secrets, shutil, struct, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,18 @@ def _limits(timeout, memory_mb, folder, walls=True):
 
 def _jail(): return str(Path(__file__).with_name('jail.py')) if '__file__' in globals() else str(Path(__import__('weighted_mtp').__file__).with_name('jail.py'))
 
+@contextmanager
+def _room(): # a folder; what a program leaves in it may be nested deeper than Python reaches
+    folder = tempfile.mkdtemp(prefix='wmtp-jail-')
+    try: yield folder
+    finally:
+        try: shutil.rmtree(folder)
+        except (OSError, RecursionError): subprocess.run(['rm', '-rf', folder], check=False)
+
+def _verdict(line): # None where it is none
+    try: return json.loads(line) if line.startswith(b'{') else None
+    except ValueError: return None
+
 def judge(
     program:str, # Python
     tests:dict, # kind script (stdin), stdio (tests: [input, expected output]), asserts (tests, and setup for what stands before the program) or humaneval (test, entry_point)
@@ -41,16 +54,19 @@ def judge(
     walls:bool=True, # False: without namespaces, as where the kernel has none
 )->Result:
     "Run a program against tests that it cannot see."
-    with tempfile.TemporaryDirectory(prefix='wmtp-jail-') as folder:
+    token = secrets.token_hex(8)
+    with _room() as folder:
         runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
-        parts = [json.dumps(x).encode() for x in (dict(program='\n'.join(filter(None, [tests.get('setup'), program])), limits=_limits(timeout, memory_mb, folder, walls)), tests)]
+        parts = [json.dumps(x).encode() for x in (dict(program='\n'.join(filter(None, [tests.get('setup'), program])), limits=_limits(timeout, memory_mb, folder, walls)), dict(tests, token=token))]
         p = subprocess.Popen([sys.executable, '-I', '-S', '-X', 'utf8', _jail()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd='/', start_new_session=True)
         try: out, err = p.communicate(b''.join(struct.pack('Q', len(x)) + x for x in parts), timeout=timeout*runs + 10)
         except subprocess.TimeoutExpired: p.kill(); p.communicate(); return Result('timeout', message='a test did not end')
-    if not out: return Result('killed', message='the referee is gone' + (f": {err.decode('utf-8', 'replace').strip().splitlines()[-1]}" if err.strip() else ''))
-    found = json.loads(out)
-    if found['status'] == 'broken': raise UserError(f"The sandbox does not work here: {found['message']}\n{found['stderr']}")
-    return Result(**found)
+    said = [s for l in out.splitlines() for s in [_verdict(l)] if s]
+    if found := next((s for s in said if s.pop('token', None) == token), None): return Result(**found)
+    if walls and any(s.get('status') == 'no walls' for s in said): return judge(program, tests, timeout, memory_mb, walls=False)
+    for s in said:
+        if s.get('status') == 'broken': raise UserError(f"The sandbox does not work here: {s.get('message')}\n{s.get('stderr')}")
+    return Result('killed', message='the referee is gone' + (f": {err.decode('utf-8', 'replace').strip().splitlines()[-1]}" if err.strip() else ''))
 
 def run_program(
     code:str, # Python

@@ -433,7 +433,7 @@ def tracked_run(
 ): # `result`, a dict to fill: checkpoints {name: path}, metrics {name: number}, seconds {stage: number}, pictures [path]; and `run`, for `fit`
     "Give what runs inside an MLflow run, and leave `result.json` in the run's record."
     run, = broadcast_object_list([begin_run(config, int(os.environ.get('WORLD_SIZE', 1))) if is_main() else None])
-    result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, pictures=[])
+    result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, resumed=bool(run['checkpoint']), pictures=[])
     if not is_main(): yield result, run; return
     history = Path(config.checkpoint.save_dir)/'history.jsonl'
     if not run['checkpoint']: history.unlink(missing_ok=True)

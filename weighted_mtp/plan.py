@@ -261,7 +261,9 @@ class Plan:
 def _summary(plan): # rows that a person reads before launching
     n, preset = plan.request['ngpus'], f', preset {plan.preset}' if plan.preset else ''
     yield 'pipeline', f"{plan.request['pipeline']} on {n} GPU{'s' if n > 1 else ''}, target {plan.target}{preset}"
-    yield 'effective batch', f'{plan.effective_batch} = {plan.batch_size} × {plan.grad_accum} × {n} (batch size × accumulation × GPUs)'
+    e = plan.resolved['evaluation']
+    if plan.request['pipeline'] == 'evaluation': yield 'judges', f"{e['checkpoint'] or 'nothing yet: set evaluation.checkpoint'}, by {', '.join(e['benchmarks'])}" + (f", the first {e['limit']} problems" if e['limit'] else '')
+    else: yield 'effective batch', f'{plan.effective_batch} = {plan.batch_size} × {plan.grad_accum} × {n} (batch size × accumulation × GPUs)'
     yield 'command', plan.command_line
     for w in plan.warnings: yield 'warning', w
     for b in plan.blockers: yield 'before launching', b
@@ -278,6 +280,7 @@ def _there(plan): # pairs or solutions to train on, at most
 
 def _data_rows(plan): # what is known of its data
     splits, d = _splits(plan), plan.resolved['dataset']
+    if plan.request['pipeline'] == 'evaluation': return # it has benchmarks
     for split, s in splits.items(): yield 'data', f"{split}: {s['problems']:,} problems, {s['correct']:,} correct and {s['incorrect']:,} incorrect solutions"
     if not splits and d['train'] and not d['embedded']: yield 'data', f"nothing is known of {d['train']} here (wmtp-setup data makes a data set with its statistics)"
 

@@ -78,6 +78,16 @@ def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrid
     cut = weights(tmp_path/'cut')
     assert whole['state'].keys() == cut['state'].keys() and whole['step'] == cut['step'] == 200
     for k, w in whole['state'].items(): assert torch.equal(w, cut['state'][k]), k
+    # cut off after its last step, in the final evaluation; and its files were copied, so their times say nothing
+    def metrics(record): return json.loads((record/'result.json').read_text())['metrics']
+    assert metrics(tmp_path/'b') == metrics(tmp_path/'a')
+    run = tmp_path/'cut/run.json'
+    run.write_text(json.dumps(json.loads(run.read_text()) | dict(finished=False)))
+    (tmp_path/'cut/checkpoint_final.pt').unlink()
+    files = sorted((tmp_path/'cut').glob('checkpoint_epoch_*.pt'), key=lambda f: float(f.stem.rsplit('_', 1)[1]))
+    for age, f in enumerate(files): os.utime(f, (1e9 - age, 1e9 - age)) # the newest looks oldest
+    assert f'going on from {files[-1]}' in to_the_end(root, words, tmp_path/'b')
+    assert metrics(tmp_path/'b') == metrics(tmp_path/'a')
     assert whole['metrics'] == cut['metrics'] and not list((tmp_path/'cut').glob('*.part*'))
     best_w, best_c = weights(tmp_path/'whole', 'checkpoint_best.pt'), weights(tmp_path/'cut', 'checkpoint_best.pt')
     assert best_w['step'] == best_c['step'] and all(torch.equal(w, best_c['state'][k]) for k, w in best_w['state'].items())

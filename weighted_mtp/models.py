@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaTokenizerFast, PreTrainedConfig, PreTrainedModel
@@ -223,8 +224,11 @@ def load_backbone(
     key:str='model.backbone', # The config key it comes from
 ):
     "A Hugging Face causal language model. Raises `UserError` where there is none."
-    try: return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as e: raise UserError(f"{key} = {source}: cannot be loaded ({str(e).splitlines()[0]})") from None
+    if source == 'micro': raise UserError(f"{key} = micro: its weights came from a seed and are kept nowhere, so what was trained on it (model.tuning = lora or frozen) cannot be used again. Train with model.tuning=full.")
+    try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e: raise UserError(f"{key} = {source}: cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+    if gone := sorted(info['missing_keys']): raise UserError(f"{key} = {source}: its files do not hold the tensor {gone[0]}{f' and {len(gone)-1} others' if gone[1:] else ''}. A half-finished download, or a config.json of another model?")
+    return model
 
 def build_policy(
     backbone, # A causal language model, or a model that has its MTP heads already

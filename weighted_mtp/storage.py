@@ -214,7 +214,7 @@ class _Split:
     "The files of one split while they are written, and what is in them."
     def __init__(self, folder, name, small=False):
         self.folder, self.name, self.small, self.lengths, self.difficulty = folder, name, small, [], Counter()
-        self.count = Counter()
+        self.count = Counter(problems=0, correct=0, incorrect=0, doubled=0, contradicted=0)
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [open(folder/f'{name}{end}.part', 'w', encoding='utf-8') for end in ('.jsonl', '.problems.jsonl')]
     def add(self, p):

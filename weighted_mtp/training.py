@@ -228,7 +228,8 @@ def _clip_grad_norm(self:WeightedTrainer, model):
         self._bad_steps += 1
         for p in model.parameters(): p.grad = None # AdamW passes over parameters without a gradient
         step, limit = self.state.global_step+1, self.config.training.max_bad_steps
-        where = f"step {step}, problems {', '.join(dict.fromkeys(self._in_step)) or 'unknown'}"
+        seen = gather_object(list(self._in_step)) # all ranks are here: the norm is of all
+        where = f"step {step}, problems {', '.join(dict.fromkeys(seen)) or 'unknown'}"
         if self._bad_steps >= limit:
             raise UserError(f"The loss became nan or infinite in {limit} step{'s' if limit > 1 else ''} running; the last was {where}. Lower training.learning_rate or training.max_grad_norm, or look at that data. "
                             f"The checkpoints in {self.args.output_dir} are from before and good.")
@@ -313,11 +314,13 @@ def _busy(run): # whether the process that trains it still does
     except (psutil.Error, KeyError): return False
 
 def _newest(folder, run): # its newest complete epoch checkpoint
-    for f in reversed(epoch_checkpoints(folder)):
+    steps = {} # not by time: files that were copied have that of the copy
+    for f in epoch_checkpoints(folder):
         try:
-            if torch.load(f, map_location='cpu', weights_only=True, mmap=True)['training']['run'] == run: return f
+            saved = torch.load(f, map_location='cpu', weights_only=True, mmap=True)['training']
+            if saved['run'] == run: steps[f] = saved['step']
         except Exception: continue # another kind of file, or one that cannot be read
-    return None
+    return max(steps, key=steps.get, default=None)
 
 def begin_run(
     config, # A loaded config
@@ -333,8 +336,10 @@ def begin_run(
         if not other: checkpoint = _newest(file.parent, old['run'])
         else: print(f"{file.parent}: the unfinished run there has another config ({', '.join(other[:3])}{' …' if other[3:] else ''}); this one begins anew", flush=True)
     run = dict(run=old['run'] if checkpoint else uuid.uuid4().hex, config=essence, finished=False, pid=me.pid, started=me.create_time(), host=os.uname().nodename)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(run, indent=1))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(run, indent=1))
+    except OSError as e: raise UserError(f"{file.parent} cannot be written to ({e.strerror}). Set checkpoint.save_dir, or free some space.") from None
     if checkpoint: print(f"going on from {checkpoint}", flush=True)
     return run | dict(checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -372,6 +377,7 @@ def train_on(self:WeightedTrainer, checkpoint=None):
     saved = self._resume['training']
     if saved['step'] >= total_steps(per_epoch(self.objective.data), self.config.training, self.args.world_size): # it was cut off after training
         load_whole_state(self.model, self._resume['state'])
+        if hasattr(self.objective, 'load_state_dict'): self.objective.load_state_dict(saved['objective'])
         self.last_metrics, self.evaluated_at = saved['metrics'], saved['evaluated_at']
         self.state = type(self.state)(**{k: v for k, v in json.loads(saved['state']).items()})
         return
@@ -402,8 +408,9 @@ class ProgressFile(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.is_world_process_zero and (time.monotonic() - self.last > 0.5 or state.global_step == state.max_steps):
             self.last = time.monotonic()
-            write_text(self.path, json.dumps(dict(stage=self.stage, step=self.done+state.global_step, max_steps=self.total or state.max_steps,
-                                       epoch=state.epoch, loss=self.seen.get('train/loss'), metrics=self.seen)))
+            with suppress(OSError): # a full disk is no reason to stop
+                write_text(self.path, json.dumps(dict(stage=self.stage, step=self.done+state.global_step, max_steps=self.total or state.max_steps,
+                                                      epoch=state.epoch, loss=self.seen.get('train/loss'), metrics=self.seen)))
 
 # %% ../nbs/07_training.ipynb #f0225bd3
 def is_main()->bool:

@@ -97,13 +97,18 @@ BAD = [('verifiable', ['experiment.critic_checkpoint=none.pt'], 'none.pt not fou
     ('ntp', ['model.n_future_tokens=2'], 'must be 1'),
     ('baseline', ['model.tuning=frozen', 'model.n_future_tokens=1'], 'leaves nothing to train'),
     ('baseline', ['dataset.max_length=8'], 'nothing to train on'), # no prompt leaves room for a response
-    ('baseline', ['checkpoint.upload_to=bucket/x'], 's3://BUCKET/PREFIX')]
+    ('baseline', ['checkpoint.upload_to=bucket/x'], 's3://BUCKET/PREFIX'),
+    ('baseline', ['checkpoint.save_dir=/dev/null/x'], 'cannot be written to'),
+    ('baseline', ['data_sampling.difficulty_bins=[[1,15],[10,25]]', 'data_sampling.difficulty_weights=[1,1]'], 'overlap'),
+    ('baseline', ['model.backbone=foreign'], 'not the tokenizer that it was trained with'), # the embedded data's
+    ('baseline', ['model.backbone=renumbered'], 'gives tokens other numbers')]
 
 @pytest.fixture(scope='module')
 def told(project, first): # what each of them says, all in one process: importing torch takes longer than failing
     from weighted_mtp.models import build_policy, load_value_model, save_checkpoint
     from transformers import AutoTokenizer
-    from weighted_mtp.synthetic import make_micro_model
+    from weighted_mtp.synthetic import make_micro_model, train_tokenizer
+    for name, n in (('foreign', 300), ('renumbered', 1024)): make_micro_model(project/name, train_tokenizer([f'other words {i}' for i in range(4000)], project/name, n), hidden_size=32, n_layers=2, n_heads=2)
     best = project/'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
     (project/'torn.pt').write_bytes(best.read_bytes()[:9000])
     save_checkpoint(project/'foreign.pt', load_value_model(best), vocabulary='another')

@@ -127,9 +127,9 @@ def test_source_that_lies_where_the_result_goes(here, release):
     import shutil
     data, model = here/'storage/datasets/gsm8k', here/'storage/models/meta-mtp-7b'
     data.mkdir(parents=True); (data/'train.jsonl').write_text('\n'.join(map(json.dumps, questions(40))))
-    shutil.copytree(release, model)
+    shutil.copytree(release, model); shutil.copytree(release/'7B_1T_4', model, dirs_exist_ok=True) # found from the folder above, too
     for words in (('data', 'gsm8k', '--from', str(data)), ('model', 'meta-mtp-7b', '--from', str(model)), ('model', 'meta-mtp-7b', '--from', str(model.parent))):
-        assert 'Move them elsewhere' in setup(here, *words, code=2).stderr or words[-1] == str(model.parent)
+        assert 'Move them elsewhere' in setup(here, *words, code=2).stderr
         assert (data/'train.jsonl').is_file() and (model/'7B_1T_4/consolidated.pth').is_file()
     disk = here/'disk'; data.rename(disk); data.symlink_to(disk) # on another disk, and given from a folder above
     (here/'train.jsonl').write_text((disk/'train.jsonl').read_text())
@@ -294,7 +294,7 @@ def test_verify_names_what_is_damaged_and_goes_on(here):
     out = setup(here, 'verify', code=1).stdout
     assert out.count('FAILED') == 1 and "FAILED storage/datasets/aa: dataset.json is not as wmtp-setup writes it (KeyError: 'splits')" in out and out.count('ok ') == 3
     file = index/'solutions.arrow'; file.write_bytes(file.read_bytes()[:-200])
-    assert f'solutions' not in (out := setup(here, 'verify', code=1).stdout) or 'is damaged' in out
+    assert 'is damaged' in setup(here, 'verify', code=1).stdout
     with pytest.raises(UserError, match='is damaged .*Delete it'): open_corpus(data/'train.jsonl', tokenizer)
     assert 'does not lie in' in setup(here, 'upload', '../settings.ini', 's3://data/x', code=2).stderr
     (here/'storage/x.db').write_text('x')

@@ -336,22 +336,22 @@ def _meta_config(facts, n): # of a release
                          tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
     return MTPConfig(backbone_config=config, n_future_tokens=n, dtype=facts['dtype'])
 
-def _open_meta(folder): # (state, facts, heads), where the file holds what the network needs and nothing else
+def _open_meta(folder): # (state, facts, the network without weights), where the file holds what that needs and nothing else
     state, (facts, n) = open_release(folder)
-    with torch.device('meta'): needed = {k: v.shape for k, v in MTPForCausalLM(_meta_config(facts, n)).state_dict().items()}
+    with torch.device('meta'): model = MTPForCausalLM(_meta_config(facts, n))
+    needed = {k: v.shape for k, v in model.state_dict().items()}
     has = {our_name(k): t.shape for k, t in state.items() if our_name(k)}
     for k in dict.fromkeys([*needed, *has]):
         if has.get(k) != needed.get(k):
             what = 'is missing' if k not in has else 'has no place in the network' if k not in needed else f'has the shape {tuple(has[k])} instead of {tuple(needed[k])}'
             raise UserError(f"{Path(folder)/'consolidated.pth'}: the tensor for {k} {what}. A half-finished download, or not the params.json that goes with it?")
-    return state, facts, n
+    return state, facts, model
 
 def load_meta_checkpoint(
     folder, # With Meta's consolidated.pth and params.json
 )->MTPForCausalLM: # In the file's dtype
     "A model of Meta's release (github.com/facebookresearch, `facebook/multi-token-prediction`). Raises `UserError` naming file, tensor or entry."
-    state, facts, n = _open_meta(folder)
-    with torch.device('meta'): model = MTPForCausalLM(_meta_config(facts, n))
+    state, facts, model = _open_meta(folder)
     model.load_state_dict({our_name(k): converted(k, t, facts) for k, t in state.items() if our_name(k)}, assign=True)
     decoder = model.backbone.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(model.backbone.config) # its buffer is in no checkpoint
@@ -363,7 +363,7 @@ def convert_meta(
     shard_bytes:int=2 << 30, # Size of a file
 )->Path:
     "Turn a release into safetensors, shard by shard. Raises `UserError` as `load_meta_checkpoint` does."
-    state, facts, n = _open_meta(folder)
+    state, facts, model = _open_meta(folder)
     out = Path(out).resolve() # a link stays one
     part = out.with_name(out.name + '.part') # renamed when complete
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
@@ -374,9 +374,8 @@ def convert_meta(
         where |= {our_name(k): file for k in names}
     size = sum(t.numel()*t.element_size() for k, t in state.items() if our_name(k))
     (part/'model.safetensors.index.json').write_text(json.dumps(dict(metadata=dict(total_size=size), weight_map=where), indent=1))
-    config = _meta_config(facts, n)
-    config.architectures = ['MTPForCausalLM']
-    config.save_pretrained(part)
+    model.config.architectures = ['MTPForCausalLM']
+    model.config.save_pretrained(part)
     if spm := next((f for f in (Path(folder)/'tokenizer.model', Path(folder).parent/'tokenizer.model') if f.is_file()), None): _save_tokenizer(spm, part)
     shutil.rmtree(out, ignore_errors=True); part.replace(out)
     return out

@@ -459,7 +459,8 @@ def verify(
                 print(f"{'FAILED' if problem else 'ok':7}{what}: {problem or fine}", flush=True)
         except (UserError, OSError, KeyError, TypeError, AttributeError) as e:
             bad, items = bad + 1, items + 1
-            print(f"FAILED {file.parent}: {f'{file.name} is not as wmtp-setup writes it ({type(e).__name__}: {e})' if not isinstance(e, UserError) else e}", flush=True)
+            why = str(e) if isinstance(e, UserError) else f'{file.name} is not as wmtp-setup writes it ({type(e).__name__}: {e})'
+            print(f'FAILED {file.parent}: {why}', flush=True)
     if not items: raise UserError(f"{root} holds nothing that wmtp-setup made.")
     return bad
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 
+import warm
+from test_launch import in_one_kernel
 from weighted_mtp.launch import _last_words
 
 ALL = 'WMTP_ALL' in os.environ
@@ -13,9 +15,10 @@ SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidde
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
 
 def shell(root, *words, n=1, timeout=300): # a program of ours, under torchrun where it is more than one process
-    launcher = [sys.executable] if n == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([*launcher, *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
+    if n == 1: return warm.run([sys.executable, *words], root, env, timeout)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+    return subprocess.run([*torchrun, *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
 
 def train(root, pipeline, *overrides, n=1):
     words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
@@ -106,19 +109,25 @@ def test_sharding_spreads_the_parameters(steps):
             if 'sharded' in name: assert .4 < found['held'] < .6, (pipeline, found['held'])
             else: assert found['held'] == 1
 
-def papermill(root, pipeline, ngpus, *overrides): # through the launch notebook
-    name = f'{pipeline}-{ngpus}'
-    words = [w for k, v in dict(pipeline=pipeline, ngpus=ngpus, target='local', name=name, overrides=' '.join([*SMALL, CRITIC, REFERENCE, f'experiment.name={name}', *overrides])).items() for w in ('-p', k, str(v))]
-    done = shell(root, '-m', 'papermill', 'nbs/launch.ipynb', f'runs/{name}.ipynb', *words, '--no-progress-bar', '--log-output')
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root/'runs'/name
+@pytest.fixture(scope='module')
+def launched(root): # every pipeline through the launch notebook, on two processes (and WMTP_ALL=1: on one)
+    def request(pipeline, ngpus):
+        name = f'{pipeline}-{ngpus}'
+        overrides = [*SMALL, CRITIC, REFERENCE, f'experiment.name={name}', *cut(12//ngpus, 2), 'training.max_steps=26',
+                     'checkpoint.save_checkpoint_every=0.5', 'critic.lm_first=0.3', 'critic.blind_yardstick=false']
+        return dict(pipeline=pipeline, ngpus=ngpus, target='local', name=name, overrides=' '.join(overrides))
+    env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
+    return in_one_kernel(root, 'runs/all.ipynb', [request(p, n) for n in [2] + [1]*ALL for p in PIPELINES], ['--log-output'], env)
 
 @pytest.mark.parametrize('ngpus', [2] + [1]*ALL)
 @pytest.mark.parametrize('pipeline', PIPELINES)
-def test_every_pipeline_through_the_launch_notebook(root, pipeline, ngpus):
-    """Checkpoint, MLflow run, record, and a validation loss that falls (the critic's next-token part: the pairwise one needs more than 26 steps). On two processes, over the end of an epoch: 300 solutions make 12.5 steps of 24, 290 pairs some 12. (With one process: WMTP_ALL=1; without, tests/test_training.py has most of it.)"""
+def test_every_pipeline_through_the_launch_notebook(root, launched, pipeline, ngpus):
+    """Checkpoint, MLflow run, record, and a validation loss that falls (the critic's next-token part: the pairwise one needs more than 26 steps).
+    On two processes, over the end of an epoch: 300 solutions make 12.5 steps of 24, 290 pairs some 12.
+    (With one process: WMTP_ALL=1; without, tests/test_training.py has most of it.)"""
     import mlflow
-    folder = papermill(root, pipeline, ngpus, *cut(12//ngpus, 2), 'training.max_steps=26', 'checkpoint.save_checkpoint_every=0.5', 'critic.lm_first=0.3', 'critic.blind_yardstick=false')
+    folder = root/'runs'/f'{pipeline}-{ngpus}'
+    assert launched.returncode == 0, launched.stderr[-3000:]
     record, result = (json.loads((folder/f).read_text()) for f in ('record.json', 'result.json'))
     assert record['status'] == 'completed' and record['plan']['effective_batch'] == 24
     assert (folder/'log.txt').read_text().count('train.jsonl:') == 1 # only rank 0 speaks

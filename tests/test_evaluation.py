@@ -5,13 +5,17 @@ from types import SimpleNamespace
 
 import mlflow, pytest
 
+import warm
 from test_launch import BIN
 from test_storage import REPO, SHARED, here, setup # noqa: F401 (a fixture)
 
+def environment(**more): return {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', **more}
+
 def python(folder, code, *words, wait=True, **env):
-    kw = dict(cwd=folder, text=True, env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if not wait: return subprocess.Popen([sys.executable, *code, *words], start_new_session=True, **kw)
-    done = subprocess.run([sys.executable, *code, *words], timeout=600, **kw)
+    words = [sys.executable, *code, *words]
+    if not wait: return warm.Process(words, folder, environment(**env))
+    if '--standalone' in words: done = subprocess.run(words, cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=600)
+    else: done = warm.run(words, folder, environment(**env), timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -91,7 +95,7 @@ def test_one_process_two_processes_and_one_that_was_killed(policy):
     assert {k: v for k, v in other['metrics'].items() if 'second' not in k} == {k: v for k, v in found['metrics'].items() if 'second' not in k}
 
     p, part = judged(here, 'cut', policy, wait=False), here/'storage/checkpoints/evaluation/cut'
-    while not (done := [l for f in part.glob('*.part0') for l in open(f)][:8]) or len(done) < 8: assert p.poll() is None, p.stderr.read(); time.sleep(.02)
+    while not (done := [l for f in part.glob('*.part0') for l in open(f)][:8]) or len(done) < 8: assert p.poll() is None, p.communicate(); time.sleep(.02)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
     out = judged(here, 'cut', policy, 2) # gone on with by two
     assert 'problems are done already' in out and samples(here, 'cut') == one
@@ -124,7 +128,7 @@ def test_report_of_a_finished_run(policy):
 def test_what_cannot_be_judged(policy):
     here = policy.parents[4]
     def refused(*words):
-        done = subprocess.run([sys.executable, *EVALUATE, *words], cwd=here, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPO)})
+        done = warm.run([sys.executable, *EVALUATE, *words], here, environment())
         assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
         return done.stderr
     assert 'Checkpoint no.pt not found' in refused('no.pt')

@@ -1,10 +1,12 @@
 """A run that is killed, at whatever moment and however often, ends as if nothing had happened: the same weights, bit for bit.
 
 WMTP_KILLS=20 python -m pytest tests/test_resume.py   takes some minutes and is the full measure; CI kills six times."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import pytest, torch
+
+import warm
 
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 KILLS = int(os.environ.get('WMTP_KILLS', 6))
@@ -32,7 +34,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp('resume')
     shutil.copytree(REPO/'configs', root/'configs')
     shutil.copy(REPO/'settings.ini', root/'settings.ini')
-    subprocess.run([sys.executable, '-c', MODELS], cwd=root, env=environment(), check=True, capture_output=True)
+    done = warm.run([sys.executable, '-c', MODELS], root, environment())
+    assert done.returncode == 0, done.stderr
     return root
 
 def environment(**more): return {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", **more}
@@ -41,14 +44,14 @@ def command(pipeline, folder, *overrides):
     words = [w for o in (*SMALL, f'checkpoint.save_dir={folder}', *overrides) for w in ('--override', o)]
     return [sys.executable, '-m', f'weighted_mtp.pipelines.run_{pipeline}', '--config', f'configs/{pipeline}/{pipeline}_micro.yaml', *words]
 
-def start(root, words, record):
+def start(root, words, record, **kw):
     record.mkdir(exist_ok=True)
-    return subprocess.Popen(words, cwd=root, env=environment(WMTP_RUN_DIR=str(record)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return warm.Process(words, root, environment(WMTP_RUN_DIR=str(record)), **kw)
 
-def to_the_end(root, words, record):
-    p = start(root, words, record)
-    out, _ = p.communicate(timeout=200)
-    assert p.returncode == 0, out[-3000:]
+def to_the_end(root, words, record, **kw):
+    p = start(root, words, record, **kw)
+    out, err = p.communicate(timeout=200)
+    assert p.returncode == 0, out + err[-3000:]
     return out
 
 def step(record):
@@ -59,14 +62,14 @@ def weights(folder, name='checkpoint_final.pt'): return torch.load(folder/name, 
 
 @pytest.mark.parametrize('pipeline, overrides', [('verifiable', ['model.backbone=micro-dropout', 'training.max_steps=200'])])
 def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrides):
-    to_the_end(root, command(pipeline, tmp_path/'whole', *overrides), tmp_path/'a')
+    to_the_end(root, command(pipeline, tmp_path/'whole', *overrides), tmp_path/'a', of=1) # with another hash seed than those that are killed
     whole = weights(tmp_path/'whole')
     rng, words, resumed, codes = random.Random(os.urandom(8)), command(pipeline, tmp_path/'cut', *overrides), 0, []
     for i in range(KILLS):
         p, before = start(root, words, tmp_path/'b'), step(tmp_path/'b')
         if rng.random() < .8: # mostly while it trains; sometimes while it starts
             while step(tmp_path/'b') in (0, before) and p.poll() is None: time.sleep(.01)
-        time.sleep(rng.random()*(1.5 if step(tmp_path/'b') != before else 6))
+        time.sleep(rng.random()*1.5)
         p.send_signal(signal.SIGKILL if i%2 else signal.SIGTERM)
         out, _ = p.communicate(timeout=60)
         codes.append(p.returncode)
@@ -97,8 +100,8 @@ def test_sigterm_saves_first(root, tmp_path):
     p = start(root, words, record)
     while step(record) < 20: time.sleep(.01); assert p.poll() is None
     p.terminate()
-    out, _ = p.communicate(timeout=60)
-    assert p.returncode == 143 and 'goes on from there' in out, out[-1000:]
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 143 and 'goes on from there' in out + err, out + err[-1000:]
     saved, = (tmp_path/'ckpt').glob('checkpoint_epoch_*.pt') # none was due: this one came with the signal
     assert torch.load(saved, weights_only=True)['training']['step'] >= 20
 
@@ -115,6 +118,6 @@ def test_two_runs_do_not_share_a_folder(root, tmp_path):
     words = command('ntp', tmp_path/'ckpt', 'training.max_steps=3000')
     p = start(root, words, tmp_path/'record')
     while step(tmp_path/'record') < 1: time.sleep(.01); assert p.poll() is None
-    second = subprocess.run(words, cwd=root, env=environment(), capture_output=True, text=True, timeout=100)
+    second = warm.run(words, root, environment(), timeout=100)
     p.kill(); p.communicate()
     assert second.returncode == 2 and f'process {p.pid}' in second.stderr and 'Traceback' not in second.stderr

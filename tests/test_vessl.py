@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest, yaml
 
-from test_launch import GUIDE, REPO, SECRETS, environment, papermill, project, record, records, shell, start, until, wmtp # noqa: F401 (project is a fixture)
+from test_launch import GUIDE, REPO, SECRETS, environment, in_one_kernel, papermill, project, record, records, shell, start, until, wmtp # noqa: F401 (project is a fixture)
 from vessl_service import CLUSTER, FAULTS, Service, TOKEN
 
 N_FAULTY = 200 if os.environ.get('WMTP_ALL') else 25
@@ -35,8 +35,6 @@ def as_command(r): # the words after wmtp-launch
     words = [r['pipeline'], *(w for k in ('ngpus', 'batch_size', 'grad_accum', 'critic_checkpoint') if k in r for w in (f"--{k.replace('_', '-')}", str(r[k])))]
     return words + [w for o in str(r.get('overrides', '')).split() for w in ('--override', o)]
 
-def as_parameters(r): return [f'{k}={v}' for k, v in r.items()]
-
 def through_form(request):
     from weighted_mtp.form import LaunchForm
     form = LaunchForm(dry_run=True)
@@ -48,8 +46,8 @@ def test_guide_examples_through_four_doors(here):
     from weighted_mtp.launch import launch
     requests = [r for r, _, _ in GUIDE]
     def by_command(i): return wmtp(here, *as_command(requests[i]), '--dry-run', '--name', f'guide-{i}-command')
-    def by_papermill(i): return papermill(here, f'runs/guide-{i}.ipynb', *as_parameters(requests[i]), 'dry_run=True', f'name=guide-{i}-papermill')
-    with ThreadPoolExecutor(2) as pool: told = list(pool.map(lambda job: job[0](job[1]), [(door, i) for door in (by_command, by_papermill) for i in range(len(requests))]))
+    with ThreadPoolExecutor(2) as pool: told = list(pool.map(by_command, range(len(requests))))
+    told.append(in_one_kernel(here, 'runs/guide.ipynb', [dict(r, dry_run=True, name=f'guide-{i}-papermill') for i, r in enumerate(requests)]))
     assert not [t.stderr for t in told if t.returncode]
     for i, (r, line, effective) in enumerate(GUIDE):
         launch(**r, dry_run=True, name=f'guide-{i}-cell')

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 
+import warm
+
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.max_steps=12',
          'training.log_every=4', 'training.cpu_threads=1', 'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
@@ -24,6 +26,11 @@ def shell(project, *words, timeout=280, **kw):
 def wmtp(project, name, *overrides): # the command, on the small data set
     words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
     return shell(project, 'wmtp-launch', 'critic', '--ngpus', '1', '--target', 'local', '--name', name, *words)
+
+def train(project, *overrides): # the pipeline itself, without a launch
+    words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
+    env = {**os.environ, 'HOME': str(project/'home'), 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}"}
+    return warm.run([sys.executable, '-m', 'weighted_mtp.pipelines.run_critic', '--config', 'configs/critic/critic_micro.yaml', *words], project, env)
 
 def read(project, name, file='record.json'): return json.loads((project/'runs'/name/file).read_text())
 
@@ -71,23 +78,22 @@ def test_papermill_of_the_record_repeats_bit_for_bit(project, first):
 
 DATA = dict(instruction='Return one.', input='', output='return 1', problem_id='p', is_correct=True, difficulty=3, source='demo')
 
-@pytest.mark.parametrize('what, lines, said', [
-    ('broken', [json.dumps(DATA), '{"instruction":'], 'line 2'),
-    ('empty', [], 'is empty'),
-    ('one-sided', [json.dumps(DATA)]*3, 'no pair can be made'),
-    ('missing', None, 'not found')])
-def test_bad_data(project, first, what, lines, said):
-    file = project/f'{what}.jsonl'
-    if lines is not None: file.write_text('\n'.join(lines))
-    done = wmtp(project, f'data-{what}', 'dataset.embedded=false', f'dataset.train={file}', 'model.tokenizer=storage/datasets/synthetic/tokenizer')
-    assert done.returncode == 1 and said in done.stderr and 'Traceback' not in done.stderr, done.stderr
-    assert read(project, f'data-{what}')['status'] == 'failed'
+def no_data(what): return ['dataset.embedded=false', f'dataset.train={what}.jsonl', 'model.tokenizer=storage/datasets/synthetic/tokenizer']
+
+def test_bad_data(project, first):
+    (project/'broken.jsonl').write_text('\n'.join([json.dumps(DATA), '{"instruction":']))
+    done = wmtp(project, 'data-broken', *no_data('broken'))
+    assert done.returncode == 1 and 'line 2' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert read(project, 'data-broken')['status'] == 'failed'
 
 def test_loss_that_is_no_number(project, first):
-    done = wmtp(project, 'nan', 'training.learning_rate=1e30', 'training.log_every=1', 'experiment.name=nan', 'critic.blind_yardstick=false')
-    assert done.returncode == 1 and 'in 3 steps running; the last was step' in done.stderr and 'problems ' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    done = train(project, 'training.learning_rate=1e30', 'training.log_every=1', 'experiment.name=nan', 'critic.blind_yardstick=false')
+    assert done.returncode == 2 and 'in 3 steps running; the last was step' in done.stderr and 'problems ' in done.stderr and 'Traceback' not in done.stderr, done.stderr
 
-BAD = [('verifiable', ['experiment.critic_checkpoint=none.pt'], 'none.pt not found'),
+BAD = [('critic', no_data('empty'), 'is empty'),
+    ('critic', no_data('one-sided'), 'no pair can be made'),
+    ('critic', no_data('missing'), 'not found'),
+    ('verifiable', ['experiment.critic_checkpoint=none.pt'], 'none.pt not found'),
     ('verifiable', ['experiment.critic_checkpoint=torn.pt'], 'truncated'),
     ('verifiable', ['experiment.critic_checkpoint=policy.pt'], 'not a value model'),
     ('verifiable', ['experiment.critic_checkpoint=foreign.pt'], 'another tokenizer'),
@@ -110,6 +116,8 @@ def told(project, first): # what each of them says, all in one process: importin
     from weighted_mtp.synthetic import make_micro_model, train_tokenizer
     for name, n in (('foreign', 300), ('renumbered', 1024)): make_micro_model(project/name, train_tokenizer([f'other words {i}' for i in range(4000)], project/name, n), hidden_size=32, n_layers=2, n_heads=2)
     best = project/'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
+    (project/'empty.jsonl').touch()
+    (project/'one-sided.jsonl').write_text('\n'.join([json.dumps(DATA)]*3))
     (project/'torn.pt').write_bytes(best.read_bytes()[:9000])
     save_checkpoint(project/'foreign.pt', load_value_model(best), vocabulary='another')
     save_checkpoint(project/'policy.pt', build_policy(make_micro_model(tokenizer=AutoTokenizer.from_pretrained(project/'storage/datasets/synthetic/tokenizer'), hidden_size=32, n_layers=2, n_heads=2), 2))
@@ -125,7 +133,7 @@ for pipeline, overrides, _ in {BAD!r}:
     out.append([code, said.getvalue()])
 json.dump(out, open('told.json', 'w'))
 '''
-    done = shell(project, sys.executable, '-c', code)
+    done = warm.run([sys.executable, '-c', code], project, {**os.environ, 'HOME': str(project/'home')})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((project/'told.json').read_text())
 
@@ -173,7 +181,7 @@ def test_every_tuning_trains_and_loads(project, first, tuning, head):
     from weighted_mtp.synthetic import make_micro_model
     backbone = project/'storage/models/micro'
     if not backbone.exists(): make_micro_model(backbone, AutoTokenizer.from_pretrained(project/'storage/datasets/synthetic/tokenizer'), 32, 2, 2)
-    done = wmtp(project, tuning, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}', f'experiment.name={tuning}', 'critic.value_weight=0.5', 'critic.lm_first=0',
+    done = train(project, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}', f'experiment.name={tuning}', 'critic.value_weight=0.5', 'critic.lm_first=0',
                 'training.td_lambda_schedule=cosine', 'model.lora.r=4', 'critic.lm_weight=0', 'critic.blind_yardstick=false', 'training.gradient_checkpointing=true')
     assert done.returncode == 0, done.stdout + done.stderr
     best = project/f'storage/checkpoints/critic/{tuning}/checkpoint_best.pt'

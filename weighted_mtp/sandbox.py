@@ -26,6 +26,8 @@ class Result:
     seconds: float = 0. # Of wall time, the process's start not counted
     message: str = '' # What was wrong, in a line
     walls: bool = False # Whether it ran in namespaces of its own
+    error: str = '' # Of what type: an exception's name, or TimeoutError, MemoryError, OutputLimit, Killed, WrongOutput
+    test: int = 0 # The first that failed, from 1; 0 where none did, or the program fell before its tests
     @property
     def passed(self): return self.status == 'passed'
 
@@ -57,16 +59,16 @@ def judge(
     token = secrets.token_hex(8)
     with _room() as folder:
         runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
-        parts = [json.dumps(x).encode() for x in (dict(program='\n'.join(filter(None, [tests.get('setup'), program])), limits=_limits(timeout, memory_mb, folder, walls)), dict(tests, token=token))]
+        parts = [json.dumps(x).encode() for x in (dict(program=program, setup=tests.get('setup'), limits=_limits(timeout, memory_mb, folder, walls)), dict(tests, token=token))]
         p = subprocess.Popen([sys.executable, '-I', '-S', '-X', 'utf8', _jail()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd='/', start_new_session=True)
         try: out, err = p.communicate(b''.join(struct.pack('Q', len(x)) + x for x in parts), timeout=timeout*runs + 10)
-        except subprocess.TimeoutExpired: p.kill(); p.communicate(); return Result('timeout', message='a test did not end')
+        except subprocess.TimeoutExpired: p.kill(); p.communicate(); return Result('timeout', message='a test did not end', error='TimeoutError')
     said = [s for l in out.splitlines() for s in [_verdict(l)] if s]
     if found := next((s for s in said if s.pop('token', None) == token), None): return Result(**found)
     if walls and any(s.get('status') == 'no walls' for s in said): return judge(program, tests, timeout, memory_mb, walls=False)
     for s in said:
         if s.get('status') == 'broken': raise UserError(f"The sandbox does not work here: {s.get('message')}\n{s.get('stderr')}")
-    return Result('killed', message='the referee is gone' + (f": {err.decode('utf-8', 'replace').strip().splitlines()[-1]}" if err.strip() else ''))
+    return Result('killed', error='Killed', message='the referee is gone' + (f": {err.decode('utf-8', 'replace').strip().splitlines()[-1]}" if err.strip() else ''))
 
 def run_program(
     code:str, # Python

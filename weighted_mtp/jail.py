@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMESPACES', 'USER', 'RDONLY', 'NOSUID', 'NODEV', 'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'PIVOT_ROOT', 'CAPSET',
-           'MEMORY', 'MEMORY_OF_REFEREE', 'REPORT', 'KEEP_TRACEBACK', 'unshare', 'build_room', 'reachable', 'drop',
-           'Odd', 'pack', 'unpack', 'limit', 'play', 'describe_error', 'failing_line', 'nursery', 'Ended', 'Player',
-           'clean', 'error_name', 'described', 'raised', 'outcome_of', 'same_output', 'NoWalls', 'main']
+           'THREADS', 'ALIASES', 'MEMORY', 'MEMORY_OF_REFEREE', 'REPORT', 'KEEP_TRACEBACK', 'unshare', 'build_room',
+           'reachable', 'drop', 'PackageFinder', 'import_packages', 'Odd', 'pack', 'unpack', 'limit', 'play',
+           'describe_error', 'failing_line', 'nursery', 'Ended', 'Player', 'clean', 'error_name', 'described', 'raised',
+           'outcome_of', 'same_output', 'NoWalls', 'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
 import ast, atexit, builtins, ctypes, gc, io, json, linecache, os, re, resource, select, signal, socket, struct, sys, time
@@ -33,25 +34,25 @@ def unshare(): # whether there are walls
 
 def _mount(source, target, kind, flags, data=None): _call('mount', *(None if x is None else x.encode() for x in (source, target, kind)), ctypes.c_ulong(flags), None if data is None else data.encode())
 
-def _bind(path, base): # read-only, wherever it is in the new root
+def _bind(path, base, follow=False): # read-only, wherever it is in the new root; `follow`: what a link leads to
     target = base + path
-    if os.path.islink(path): # such as /lib, which is usr/lib
-        os.makedirs(os.path.dirname(target), exist_ok=True); os.symlink(os.readlink(path), target)
-        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path) and not follow: os.symlink(os.readlink(path), target); return # such as /lib, which is usr/lib
     if os.path.isdir(path): os.makedirs(target, exist_ok=True)
-    else: os.makedirs(os.path.dirname(target), exist_ok=True); os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+    else: os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
     _mount(path, target, None, BIND | REC)
     keep = os.statvfs(target).f_flag & ~RDONLY # a user namespace may not take away what the mount had
-    if os.path.isdir(path): _mount(None, target, None, REMOUNT | BIND | RDONLY | NOSUID | keep)
+    if not path.startswith('/dev/'): _mount(None, target, None, REMOUNT | BIND | RDONLY | NOSUID | keep)
 
-def build_room(base, disk_mb): # mount namespace only: the new root, and into it
+def build_room(base, disk_mb, packages=()): # mount namespace only: the new root, and into it
     _mount(None, '/', None, REC | PRIVATE)
     _mount('tmpfs', base, 'tmpfs', NOSUID | NODEV, 'size=1m,mode=755')
     seen = []
-    for path in ('/usr', '/lib', '/lib64', '/bin', sys.base_prefix, os.path.realpath(sys.base_prefix)):
-        if os.path.exists(path) and not any(path == s or path.startswith(s + '/') for s in seen): _bind(path, base); seen.append(path)
+    for path in ('/usr', '/lib', '/lib64', '/bin', sys.base_prefix, os.path.realpath(sys.base_prefix), *packages):
+        if os.path.exists(path) and not any(path == s or path.startswith(s + '/') for s in seen):
+            _bind(path, base, follow=path in packages); seen.append(path)
     for device in ('null', 'zero', 'random', 'urandom'): _bind(f'/dev/{device}', base)
-    for folder in ('tmp', 'old'): os.mkdir(f'{base}/{folder}')
+    for folder in ('tmp', 'old'): os.makedirs(f'{base}/{folder}', exist_ok=True)
     _mount('tmpfs', f'{base}/tmp', 'tmpfs', NOSUID | NODEV, f'size={disk_mb}m,mode=777,nr_inodes=4096')
     _call('syscall', PIVOT_ROOT, base.encode(), f'{base}/old'.encode())
     os.chdir('/')
@@ -76,6 +77,35 @@ def drop(uid=None, read=False): # every privilege, for good; `read`: but that of
     keep = 1 << 2 if read and uid is not None else 0 # CAP_DAC_READ_SEARCH
     _libc.syscall(CAPSET, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', keep, keep, 0, 0, 0, 0))
 
+# %% ../nbs/06_jail.ipynb #5e0b92f7
+THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS')
+ALIASES = dict(np='numpy', pd='pandas', sp='scipy', nx='networkx') # names that tests have for packages without importing them
+_packages = {} # names that programs may import -> module, as imported here
+
+class PackageFinder:
+    "Finds the packages in `folders` (name -> folder that holds it), and nothing else that lies beside them."
+    def __init__(self, folders): self.folders = folders
+    def find_spec(self, name, path=None, target=None):
+        from importlib.machinery import PathFinder
+        if path is None and name in self.folders: return PathFinder.find_spec(name, [self.folders[name]])
+    def find_distributions(self, context=None): # packages ask for their own version
+        from importlib.metadata import DistributionFinder, MetadataPathFinder
+        folders = list(dict.fromkeys(self.folders.values()))
+        return MetadataPathFinder.find_distributions(DistributionFinder.Context(name=context and context.name, path=folders))
+
+def _address_space(): # bytes
+    with open('/proc/self/statm') as f: return int(f.read().split()[0])*resource.getpagesize()
+
+def import_packages(names, folders): # -> bytes of address space that they take
+    before, written = _address_space(), sys.dont_write_bytecode
+    for name in THREADS: os.environ[name] = '1'
+    sys.meta_path.append(PackageFinder(folders))
+    sys.dont_write_bytecode = True
+    try:
+        for name in names: _packages[name] = __import__(name)
+    finally: sys.dont_write_bytecode = written
+    return _address_space() - before
+
 # %% ../nbs/06_jail.ipynb #b8798412
 class Odd:
     "An object of the program's, seen from the referee: `ask` sends what is done with it to where it is."
@@ -96,6 +126,7 @@ def _called(ask, args, kw, **what): # a call of the program's; arguments that it
         if type(old) is not type(new): continue
         if isinstance(old, (list, bytearray)): old[:] = new
         elif isinstance(old, (dict, set)): old.clear(); old.update(new)
+        elif _numpy() and isinstance(old, _numpy().ndarray) and old.shape == new.shape: old[...] = new
     return value
 
 def _base(x): # a subclass could be anything: its value as the built-in type has it
@@ -107,7 +138,22 @@ def _base(x): # a subclass could be anything: its value as the built-in type has
 
 _FOREIGN = ('decimal.Decimal', 'fractions.Fraction', 'datetime.date', 'datetime.datetime', 'datetime.time')
 
+def _numpy(): return sys.modules.get('numpy')
+
+def _pack_array(x): # an array or a scalar of numpy's, of numbers or text; None: something else
+    np = _numpy()
+    if not np or not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind not in 'biufcSU': return None
+    a = np.asarray(x)
+    return ['a', isinstance(x, np.generic), a.dtype.str, list(a.shape), a.tobytes().hex()]
+
+def _unpack_array(scalar, dtype, shape, data):
+    np = _numpy()
+    if not np or not re.fullmatch('[<>|=][biufcSU][0-9]{1,9}', dtype): raise ValueError(f'{dtype[:20]} is no type of plain numbers')
+    a = np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape).copy()
+    return a[()] if scalar else a
+
 def pack(x, depth=0, keep=None): # -> JSON; `keep`: gives an object a number
+    if (array := _pack_array(x)) is not None: return array
     if type(x) is not bool: x = _base(x)
     t = type(x)
     if depth > 200: raise ValueError('nested too deeply')
@@ -130,6 +176,7 @@ def pack(x, depth=0, keep=None): # -> JSON; `keep`: gives an object a number
             out.append(pack(y, depth+1, keep))
         return out
     if t is Odd: return ['h', x.number]
+    if t is type(sys) and _packages.get(x.__name__) is x: return ['m', x.__name__]
     if t is type and getattr(builtins, x.__name__, None) is x: return ['y', x.__name__]
     return ['h', keep(x), name[:80]] if keep else ['h', -1, name[:80]]
 
@@ -151,6 +198,8 @@ def unpack(j, known=None): # `known`: what an object's number stands for
     if kind == 'y': # types alone: what else is built in could do something here
         if not isinstance(t := getattr(builtins, x[0]), type): raise ValueError(f'{x[0]} is no type')
         return t
+    if kind == 'm': return _packages[x[0]] # a package that was imported here, too, before any program came
+    if kind == 'a': return _unpack_array(*x)
     if kind == 'h': return known(*x)
     made = [unpack(y, known) for y in x]
     if kind == 'q':
@@ -334,7 +383,8 @@ def _player_process(fds, job): # in a new process: standard streams, report, and
     kept = fds[4] if len(fds) > 4 else 3
     os.closerange(3, kept); os.closerange(kept + (len(fds) > 4), REPORT)
     calls = socket.socket(fileno=fds[4]).makefile('rw', encoding='utf-8', errors='surrogatepass') if len(fds) > 4 else None
-    os.setsid(); os.environ.clear(); os.chdir('/tmp' if limits['walls'] else limits['folder'])
+    os.setsid(); os.chdir('/tmp' if limits['walls'] else limits['folder'])
+    for name in {*os.environ} - {*THREADS}: del os.environ[name]
     sys.stdin = open(0, encoding='utf-8', errors='surrogateescape', closefd=False)
     sys.stdout = open(1, 'w', encoding='utf-8', errors='surrogatepass', closefd=False)
     sys.stderr = open(2, 'w', buffering=1, encoding='utf-8', errors='backslashreplace', closefd=False) # line by line, as in Python
@@ -499,7 +549,8 @@ def _asked(tests): # names that tests may have from the program, and those of mo
         own |= {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)} | {x.name for x in nodes if isinstance(x, (ast.FunctionDef, ast.ClassDef))} | {x.arg for x in nodes if isinstance(x, ast.arg)}
         called |= {x.func.id for x in nodes if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}
         looked |= {x.value.id for x in nodes if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)}
-    modules = (looked & sys.stdlib_module_names) - called - own
+    aliases = {k for k, name in ALIASES.items() if name in _packages}
+    modules = (looked & (sys.stdlib_module_names | {*_packages} | aliases)) - called - own
     return (used - set(dir(builtins)) if used - own - modules else used) - modules, modules # a program may be asked for its `sum`, but not for the `abs` that judges it
 
 def _asserts(player, tests, numbers=None): # statements, with the program's names; `numbers`: line -> test, where one holds many
@@ -507,7 +558,7 @@ def _asserts(player, tests, numbers=None): # statements, with the program's name
     player.tell(sorted(wanted | modules))
     has = player.line()
     known = {k: unpack(v, player.known) for k, v in has.items() if k in wanted}
-    names = {**known, **{k: __import__(k) for k in modules if k in has}, '__name__': 'tests'}
+    names = {**known, **{k: __import__(ALIASES.get(k, k)) for k in modules if k in has}, '__name__': 'tests'}
     sources = {f'test {i}': test for i, test in enumerate(tests, 1)}
     for i, (file, test) in enumerate(sources.items(), 1):
         try: exec(compile(test, file, 'exec'), names)
@@ -597,14 +648,17 @@ class NoWalls(Exception): "The kernel gives namespaces, but no mounts in them."
 
 def _referee(job, uid):
     limits, here, there = job['limits'], *socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    packages = job['packages']
+    limits['packages_bytes'] = import_packages(packages['names'], packages['folders']) if packages else 0
     try:
-        if limits['walls']: build_room(limits['folder'], limits['disk_mb'])
+        if limits['walls']: build_room(limits['folder'], limits['disk_mb'], packages.get('paths', ()))
     except OSError as e: raise NoWalls(str(e)) from None
     if os.fork() == 0: _quiet(); here.close(); nursery(there, job, uid)
     there.close()
     drop(None if uid is None else uid + 1, limits['read'])
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0); _libc.prctl(4, 0, 0, 0, 0) # dies with its parent; nobody looks into it
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_OF_REFEREE, MEMORY_OF_REFEREE)) # tests copy what the program returns
+    memory = MEMORY_OF_REFEREE + limits['packages_bytes']
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory)) # tests copy what the program returns
     tests = _message()
     sys.stdout = sys.stderr = open(os.devnull, 'w') # tests may print
     start = time.monotonic()
@@ -626,7 +680,7 @@ def main():
     _libc.prctl(36, 1, 0, 0, 0) # orphans come to this process
     job['limits']['walls'] = job['limits']['walls'] and unshare()
     _libc.prctl(4, 0, 0, 0, 0) # nobody looks into this process, either; before `unshare` it would forbid that
-    job['limits']['read'] = not job['limits']['walls'] and not reachable(os.path.dirname(os.__file__))
+    job['limits']['read'] = not job['limits']['walls'] and not all(map(reachable, (os.path.dirname(os.__file__), *job['packages'].get('paths', ()))))
     uid = 1_000_000 + 2*os.getpid() if os.getuid() == 0 else None # nobody else's
     if not job['limits']['walls'] and uid: os.chmod(job['limits']['folder'], 0o777)
     if (pid := os.fork()) == 0:

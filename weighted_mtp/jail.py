@@ -80,11 +80,11 @@ def reachable(path): # by any user
     return True
 
 def drop(uid=None, read=False): # every privilege, for good; `read`: but that of reading, where the interpreter itself lies under root's home
+    for cap in range(41): _libc.prctl(24, cap, 0, 0, 0) # none may be regained; only who still has privileges can say so
     if uid is not None:
         if read: _libc.prctl(8, 1, 0, 0, 0) # keep capabilities for a moment
         os.setgroups([]); os.setgid(uid); os.setuid(uid)
     _libc.prctl(38, 1, 0, 0, 0) # no new privileges
-    for cap in range(41): _libc.prctl(24, cap, 0, 0, 0) # none may be regained
     keep = 1 << 2 if read and uid is not None else 0 # CAP_DAC_READ_SEARCH
     _libc.syscall(CAPSET, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', keep, keep, 0, 0, 0, 0))
 
@@ -231,7 +231,7 @@ def limit(limits): # of this process and its children
     put(resource.RLIMIT_CPU, int(limits['seconds']) + 1)
     put(resource.RLIMIT_AS, (limits['memory_mb'] << 20) + limits.get('packages_bytes', 0)) # what packages take does not count
     put(resource.RLIMIT_FSIZE, limits['disk_mb'] << 20)
-    put(resource.RLIMIT_NOFILE, 64); put(resource.RLIMIT_CORE, 0); put(resource.RLIMIT_NPROC, limits['processes'])
+    put(resource.RLIMIT_NOFILE, 64); put(resource.RLIMIT_CORE, 0); put(resource.RLIMIT_MSGQUEUE, 0); put(resource.RLIMIT_NPROC, limits['processes'])
 
 MEMORY = 86 # exit code where memory ran out
 TEST_RUNNER_MEMORY = 2 << 30 # bytes
@@ -694,19 +694,29 @@ def kill_descendants():
         try: os.waitpid(-1, 0)
         except OSError: break
 
-def remove(path): # folders may be nested deeper than Python reaches
-    try: os.rmdir(path)
-    except OSError: os.spawnvp(os.P_WAIT, 'rm', ['rm', '-rf', '--', path])
+def remove(path, seconds=60): # a file, or a folder however deep it is nested: what lies in it is moved up before it goes
+    if not os.path.isdir(path) or os.path.islink(path): os.unlink(path); return
+    folders, number, end = [path], 0, time.monotonic() + seconds
+    while folders and time.monotonic() < end:
+        folder = folders.pop()
+        os.chmod(folder, 0o700)
+        for entry in list(os.scandir(folder)):
+            if not entry.is_dir(follow_symlinks=False): os.unlink(entry.path); continue
+            number += 1
+            os.chmod(entry.path, 0o700)
+            os.rename(entry.path, up := f'{path}.{number}')
+            folders.append(up)
+        os.rmdir(folder)
 
 def remove_traces(uid): # without namespaces: what a user that was one program's alone has left for others to see
     for folder in ('/tmp', '/var/tmp', '/dev/shm', '/dev/mqueue'):
         for name in _tried(lambda: os.listdir(folder)) or ():
-            if _tried(lambda: os.lstat(f'{folder}/{name}').st_uid) == uid: remove(f'{folder}/{name}')
+            if _tried(lambda: os.lstat(f'{folder}/{name}').st_uid) == uid: _tried(lambda: remove(f'{folder}/{name}', 1))
     for kind, call in (('shm', 'shmctl'), ('msg', 'msgctl'), ('sem', 'semctl')):
         with open(f'/proc/sysvipc/{kind}') as f: names, *rows = [line.split() for line in f]
-        for row in (dict(zip(names, r)) for r in rows):
-            if uid in (int(row['uid']), int(row['cuid'])): # removed by number
-                getattr(_libc, call)(int(row[f'{kind}id']), *((0,) if kind == 'sem' else ()), 0, None)
+        for (_, number, *_), row in ((r, dict(zip(names, r))) for r in rows):
+            if str(uid) in (row['uid'], row['cuid']): # removed by number
+                getattr(_libc, call)(int(number), *((0,) if kind == 'sem' else ()), 0, None)
 
 def job_process(job, channel, control): # holds one program's processes; when `control` is closed there are none any more
     limits, walls = job['limits'], job['limits']['walls']
@@ -722,7 +732,7 @@ def job_process(job, channel, control): # holds one program's processes; when `c
     os.waitpid(pid, 0)
     if walls: return
     kill_descendants()
-    remove(limits['folder'])
+    _tried(lambda: remove(limits['folder'], 1)) # the supervisor removes what is left, when the worker has ended
     if job['uid'] is not None: _tried(lambda: remove_traces(job['uid']))
 
 def fork_server(requests): # a process for every job that comes; says when nothing is left of it
@@ -829,7 +839,7 @@ def main():
         os._exit(0)
     wait_for(pid)
     kill_descendants() # without namespaces only; else they are gone
-    remove(setup['folder'])
+    _tried(lambda: remove(setup['folder']))
     os._exit(0)
 
 #| eval: false

@@ -1,5 +1,6 @@
 """Programs that mean harm, each with the verdict it must get; afterwards nothing of them is left. With walls (namespaces) and without."""
 import json, os, re, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil, pytest
@@ -160,6 +161,77 @@ def test_hostile_programs(walls, own_worker):
     assert not wrong, wrong
     assert len(HOSTILE) + len(WALLED) + len(LEAVES) > 100
     assert own_worker() == [worker]
+
+def processes_of(worker): # supervisor, worker, fork server
+    found = psutil.Process(worker.process.pid)
+    return [found, *found.children(), *found.children()[0].children()]
+
+def test_a_worker_that_dies_is_replaced(own_worker):
+    """Before a program comes, or while it runs: the program gets its result from the next one."""
+    for walls in (True, False):
+        for which in range(3):
+            assert run_program('', walls=walls).passed
+            worker = own_worker()[-1]
+            processes_of(worker)[which].kill()
+            assert run_program('print(1)', walls=walls).stdout == '1\n' and worker not in own_worker()
+            worker = own_worker()[-1]
+            with ThreadPoolExecutor(1) as pool:
+                result = pool.submit(run_program, 'import time\ntime.sleep(.4)\nprint(2)', walls=walls)
+                time.sleep(.2)
+                processes_of(worker)[which].kill()
+            r = result.result()
+            assert r.stdout == '2\n' or which == 2 and r.error == 'Killed', (walls, which, r) # with the fork server goes the program
+
+def test_a_program_that_ends_its_worker_each_time(own_worker, monkeypatch):
+    monkeypatch.setattr(sandbox.Worker, 'run', lambda self, *a: (self.process.kill(), (_ for _ in ()).throw(sandbox.WorkerGone('no words'))))
+    r = run_program('')
+    assert (r.status, r.error, r.message) == ('killed', 'Killed', 'the worker is gone: no words')
+
+def test_a_test_that_does_not_end(own_worker, monkeypatch):
+    usual = sandbox._limits
+    monkeypatch.setattr(sandbox, '_limits', lambda *a: dict(usual(*a), test_seconds=.1))
+    r = judge(GOOD, dict(kind='asserts', tests=['while True: pass']), timeout=.2)
+    assert (r.status, r.error, r.message) == ('timeout', 'TimeoutError', 'a test did not end')
+    assert judge(GOOD, ADD).passed and len(own_worker()) == 1
+
+def test_a_forked_process_has_workers_of_its_own(own_worker):
+    assert run_program('print(1)').passed
+    worker, = own_worker()
+    if (pid := os.fork()) == 0:
+        try: os._exit(not (not own_worker() and run_program('print(2)').stdout == '2\n' and own_worker() != [worker]))
+        finally: os._exit(9)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert run_program('print(3)').stdout == '3\n' and own_worker() == [worker]
+
+USER = """
+import sys, tempfile
+from weighted_mtp import sandbox
+jail, tempfile.tempdir = sys.argv[1:]
+sandbox._jail = lambda: jail
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(2) as pool:
+    for walls in (True, False): print(sandbox.run_program('', walls=walls).status, flush=True)
+    for walls in (True, False): pool.submit(sandbox.run_program, 'import os, time\\nos.fork()\\nopen("f", "w").close()\\ntime.sleep(99)', walls=walls)
+"""
+
+def test_workers_end_with_a_parent_that_is_killed(own_worker):
+    """The fixture looks for what is left."""
+    p = subprocess.Popen([sys.executable, '-c', USER, sandbox._jail(), tempfile.tempdir], stdout=subprocess.PIPE, text=True)
+    assert [p.stdout.readline() for _ in range(2)] == ['passed\n']*2
+    time.sleep(.3)
+    running = [q for w in psutil.Process(p.pid).children() for q in w.children(recursive=True)]
+    assert len(running) > 8 # with two programs of two processes each
+    p.kill(); p.wait(); p.stdout.close()
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may look into a worker's memory")
+def test_no_test_is_in_the_memory_that_programs_are_forked_from(own_worker):
+    secret = 'never to be' + ' seen'
+    for _ in range(3): assert judge(GOOD, dict(kind='asserts', tests=[f'assert add("{secret}", "") == "{secret}"'])).passed
+    def has(process):
+        with open(f'/proc/{process.pid}/maps') as f: ranges = [l.split()[0].split('-') for l in f if ' rw' in l]
+        with open(f'/proc/{process.pid}/mem', 'rb', 0) as f: return any(secret.encode() in (f.seek(int(a, 16)), f.read(int(b, 16) - int(a, 16)))[1] for a, b in ranges)
+    _, worker, fork_server = processes_of(own_worker()[0])
+    assert has(worker) and not has(fork_server)
 
 RIGHT = { # right programs that are not as simple as they could be, with tests
     'long output': ('for i in range(20000): print(i)', dict(kind='stdio', tests=[['', ''.join(f'{i}\n' for i in range(20000))]])),

@@ -679,7 +679,7 @@ def test_runner(channel, job, uid): # in a process of its own; says the verdict,
     memory = TEST_RUNNER_MEMORY + limits['packages_bytes']
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory)) # tests copy what the program returns
     runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
-    signal.setitimer(signal.ITIMER_REAL, limits['seconds']*runs + 5) # a test may loop, too
+    signal.setitimer(signal.ITIMER_REAL, limits['seconds']*runs + limits['test_seconds']) # a test may loop, too
     if channel.recv(16) != b'ready': _say(token=job['token'], status='broken', message='no process for the program'); return
     start = time.monotonic()
     _say(token=job['token'], **_verdict(*_judge(channel, limits, tests), limits, start))

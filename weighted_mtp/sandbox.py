@@ -87,7 +87,8 @@ class Result:
 
 # %% ../nbs/06_sandbox.ipynb #e1a93c57
 def _limits(timeout, memory_mb):
-    return dict(seconds=timeout, memory_mb=memory_mb, disk_mb=64, processes=16, output_bytes=1 << 24, keep_bytes=1 << 16)
+    # test_seconds: what tests may take for themselves
+    return dict(seconds=timeout, memory_mb=memory_mb, disk_mb=64, processes=16, output_bytes=1 << 24, keep_bytes=1 << 16, test_seconds=5)
 
 def _jail(): return str(Path(__file__).with_name('jail.py')) if '__file__' in globals() else str(Path(__import__('weighted_mtp').__file__).with_name('jail.py'))
 
@@ -107,7 +108,8 @@ class Worker:
         self.buffer, self.busy, self.walls = b'', None, walls
         os.set_blocking(self.process.stdin.fileno(), False)
         _workers.add(self)
-        try: self._start(dict(walls=walls, packages=_package_files(packages) if packages else {}, folder=str(self.folder), limits=_limits(10, 512)))
+        setup = dict(walls=walls, packages=_package_files(packages) if packages else {}, folder=str(self.folder), limits=_limits(10, 512))
+        try: self._start(setup)
         except BaseException: self.close(); raise
 
     def _start(self, setup):

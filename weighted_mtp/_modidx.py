@@ -335,6 +335,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'weighted_mtp.jail._player_process': ('jail.html#_player_process', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail._prepared': ('jail.html#_prepared', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail._quiet': ('jail.html#_quiet', 'weighted_mtp/jail.py'),
+                                   'weighted_mtp.jail._read_only': ('jail.html#_read_only', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail._report': ('jail.html#_report', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail._run_exit_handlers': ('jail.html#_run_exit_handlers', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail._say': ('jail.html#_say', 'weighted_mtp/jail.py'),

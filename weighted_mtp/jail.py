@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOUNTS', 'PROCESSES', 'NETWORK', 'IPC', 'HOSTNAME', 'USER', 'OF_WORKER', 'OF_PROGRAM', 'RDONLY', 'NOSUID', 'NODEV',
-           'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'PIVOT_ROOT', 'CAPSET', 'KEYCTL', 'THREADS', 'ALIASES', 'MEMORY',
-           'TEST_RUNNER_MEMORY', 'REPORT', 'KEEP_TRACEBACK', 'unshare', 'build_room', 'enter_namespaces',
+           'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'KEPT', 'PIVOT_ROOT', 'CAPSET', 'KEYCTL', 'THREADS', 'ALIASES',
+           'MEMORY', 'TEST_RUNNER_MEMORY', 'REPORT', 'KEEP_TRACEBACK', 'unshare', 'build_room', 'enter_namespaces',
            'clear_keyrings', 'reachable', 'drop', 'PackageFinder', 'import_packages', 'Odd', 'pack', 'unpack', 'limit',
            'play', 'describe_error', 'failing_line', 'init_process', 'ends_with_parent', 'Ended', 'Player', 'clean',
            'error_name', 'described', 'raised', 'outcome_of', 'same_output', 'test_runner', 'kill_descendants',
@@ -37,24 +37,30 @@ def unshare(): # whether there are walls
 
 def _mount(source, target, kind, flags, data=None): _call('mount', *(None if x is None else x.encode() for x in (source, target, kind)), ctypes.c_ulong(flags), None if data is None else data.encode())
 
-def _bind(path, base, follow=False): # read-only, wherever it is in the new root; `follow`: what a link leads to
-    target = base + path
+def _read_only(target): # a user namespace may not take away what the mount had
+    _mount(None, target, None, REMOUNT | BIND | RDONLY | NOSUID | os.statvfs(target).f_flag & ~RDONLY)
+
+def _bind(path, base, follow=False, source=None): # read-only, wherever it is in the new root; `follow`: what a link leads to
+    source, target = source or path, base + path
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path) and not follow: os.symlink(os.readlink(path), target); return # such as /lib, which is usr/lib
-    if os.path.isdir(path): os.makedirs(target, exist_ok=True)
+    if os.path.isdir(source): os.makedirs(target, exist_ok=True)
     else: os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
-    _mount(path, target, None, BIND | REC)
-    keep = os.statvfs(target).f_flag & ~RDONLY # a user namespace may not take away what the mount had
-    if not path.startswith('/dev/'): _mount(None, target, None, REMOUNT | BIND | RDONLY | NOSUID | keep)
+    _mount(source, target, None, BIND | REC)
+    if not path.startswith('/dev/'): _read_only(target)
 
-def build_room(base, packages=()): # the new root, and into it
+KEPT = '/kept' # what lies in /tmp, which every program has of its own, waits here
+
+def build_room(base, packages=()): # the new root, and into it; what has to be bound into /tmp again
     _call('unshare', MOUNTS)
     _mount(None, '/', None, REC | PRIVATE)
     _mount('tmpfs', base, 'tmpfs', NOSUID | NODEV, 'size=1m,mode=755')
-    seen = []
+    seen, kept = [], []
     for path in ('/usr', '/lib', '/lib64', '/bin', sys.base_prefix, os.path.realpath(sys.base_prefix), *packages):
-        if os.path.exists(path) and not any(path == s or path.startswith(s + '/') for s in seen):
-            _bind(path, base, follow=path in packages); seen.append(path)
+        if not os.path.exists(path) or any(path == s or path.startswith(s + '/') for s in seen): continue
+        seen.append(path)
+        _bind(path, base, follow=path in packages)
+        if path.startswith('/tmp/'): _bind(path, base + KEPT, follow=True); kept.append(path)
     for device in ('null', 'zero', 'random', 'urandom'): _bind(f'/dev/{device}', base)
     for folder in ('tmp', 'old'): os.makedirs(f'{base}/{folder}', exist_ok=True)
     _call('syscall', PIVOT_ROOT, base.encode(), f'{base}/old'.encode())
@@ -62,10 +68,12 @@ def build_room(base, packages=()): # the new root, and into it
     _call('umount2', b'/old', 2)
     os.rmdir('/old')
     _mount(None, '/', None, REMOUNT | RDONLY | NOSUID | NODEV, 'size=1m,mode=755')
+    return kept
 
-def enter_namespaces(disk_mb): # of one program: no process, file or message of another is in them
+def enter_namespaces(disk_mb, kept): # of one program: no process, file or message of another is in them
     _call('unshare', OF_PROGRAM)
     _mount('tmpfs', '/tmp', 'tmpfs', NOSUID | NODEV, f'size={disk_mb}m,mode=777,nr_inodes=4096')
+    for path in kept: _bind(path, '', follow=True, source=KEPT + path)
 
 def clear_keyrings(): # the kernel keeps keys by user number: of the session, of the user, and those that outlive both
     _libc.syscall(KEYCTL, 1, 0, 0, 0, 0) # a new session keyring instead of that of whoever started the worker
@@ -720,7 +728,7 @@ def remove_traces(uid): # without namespaces: what a user that was one program's
 
 def job_process(job, channel, control): # holds one program's processes; when `control` is closed there are none any more
     limits, walls = job['limits'], job['limits']['walls']
-    if walls: enter_namespaces(limits['disk_mb'])
+    if walls: enter_namespaces(limits['disk_mb'], limits['kept'])
     else:
         _libc.prctl(36, 1, 0, 0, 0) # orphans come to this process
         os.mkdir(limits['folder']); os.chmod(limits['folder'], 0o777)
@@ -785,10 +793,9 @@ def _prepared(setup): # what holds for all jobs of this worker; afterwards the o
     size = import_packages(packages['names'], packages['folders']) if packages else 0
     paths = packages.get('paths', ())
     read = not setup['walls'] and not all(map(reachable, (os.path.dirname(os.__file__), *paths)))
-    try:
-        if setup['walls']: build_room(folder, paths)
+    try: kept = build_room(folder, paths) if setup['walls'] else []
     except OSError as e: raise NoWalls(str(e)) from None
-    return dict(walls=setup['walls'], read=read, packages_bytes=size)
+    return dict(walls=setup['walls'], kept=kept, read=read, packages_bytes=size)
 
 def worker(setup, uids): # jobs, one after another; `uids`: numbers that nobody else has, if it may choose
     ends_with_parent()

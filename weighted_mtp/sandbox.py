@@ -224,7 +224,7 @@ def judge(
         worker, kept = _worker(key, fresh), False
         try:
             said = worker.run(dict(job, token=secrets.token_hex(8)), timeout*runs + 10)
-            if said['status'] == 'broken': raise _broken(said)
+            if said['status'] == 'broken': raise WorkerGone(said['message'])
             kept = True
             return Result(**said)
         except TimeoutError: return Result('timeout', error='TimeoutError', message='a test did not end')

@@ -151,12 +151,12 @@ def test_hostile_programs(walls, own_worker):
     first, wrong = probe(walls), {}
     worker, = own_worker()
     for name, (program, tests, right) in HOSTILE.items():
-        r = judge(program, tests, timeout=1, memory_mb=256, walls=walls)
+        r = judge(program, tests, timeout=.4 if 'timeout' in right else 1, memory_mb=256, walls=walls)
         if r.status not in right: wrong[name] = r
         if r.walls != walls and r.walls: wrong[name] = 'walls'
         if (found := probe(walls)) != first: wrong[name] = {k: (v, found[k]) for k, v in first.items() if found[k] != v}
     for name, program in LEAVES.items():
-        run_program(program.replace('KEYCTL', str(KEYCTL)), walls=walls, timeout=1, memory_mb=256)
+        run_program(program.replace('KEYCTL', str(KEYCTL)), walls=walls, timeout=.4, memory_mb=256)
         if (found := probe(walls)) != first: wrong[name] = {k: (v, found[k]) for k, v in first.items() if found[k] != v}
     assert not wrong, wrong
     assert len(HOSTILE) + len(WALLED) + len(LEAVES) > 100
@@ -176,8 +176,8 @@ def test_a_worker_that_dies_is_replaced(own_worker):
             assert run_program('print(1)', walls=walls).stdout == '1\n' and worker not in own_worker()
             worker = own_worker()[-1]
             with ThreadPoolExecutor(1) as pool:
-                result = pool.submit(run_program, 'import time\ntime.sleep(.4)\nprint(2)', walls=walls)
-                time.sleep(.2)
+                result = pool.submit(run_program, 'import time\ntime.sleep(.3)\nprint(2)', walls=walls)
+                time.sleep(.15)
                 processes_of(worker)[which].kill()
             r = result.result()
             assert r.stdout == '2\n' or which == 2 and r.error == 'Killed', (walls, which, r) # with the fork server goes the program

@@ -659,8 +659,10 @@ def _exactly(n): # bytes of standard input; None at its end
     return out
 
 def _message(): # a length, then JSON; nothing is read ahead
-    length = _exactly(8)
-    text = length and _exactly(struct.unpack('Q', length)[0])
+    if not (head := _exactly(8)): return None
+    length, = struct.unpack('Q', head)
+    if length > 1 << 32: raise ValueError('no message') # without namespaces a program of the same user may write here, too
+    text = _exactly(length)
     return json.loads(text) if text else None
 
 def _say(**line): # on a line of its own

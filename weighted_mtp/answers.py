@@ -14,38 +14,46 @@ from itertools import groupby, islice
 
 # %% ../nbs/10_answers.ipynb #ff22a8ac
 _REASONING = 'think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think'
-_OPENS = rf'<(?P<a>{_REASONING})>|\[(?P<b>THINK)\]|◁(?P<c>think)▷|<\|begin_of_(?P<d>thought)\|>|<\|START_(?P<e>THINKING)\|>|<\|channel\|>(?P<f>analysis|commentary)\b'
-_CLOSES = rf'</(?:{_REASONING})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|channel\|>final(?:<\|message\|>)?'
-_UNQUOTED = r'''(?<!['"\\])(?<![^`]`){}(?!['"]|`(?!``))''' # nor in backticks, but beside a fence
-_OPEN, _CLOSE = (re.compile(_UNQUOTED.format(f'(?:{p})'), re.I) for p in (_OPENS, _CLOSES))
+_OPENS = rf'<(?P<a>{_REASONING})>|(?-i:\[(?P<b>THINK)\])|◁(?P<c>think)▷|<\|begin_of_(?P<d>thought)\|>|<\|START_(?P<e>THINKING)\|>|<\|channel\|>(?P<f>analysis|commentary)\b'
+_CLOSES = rf'</(?:{_REASONING})>|(?-i:\[/THINK\])|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|channel\|>final(?:<\|message\|>)?'
+_OPEN, _CLOSE = (re.compile(p, re.I) for p in (_OPENS, _CLOSES))
+_STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|' + r"'(?:\\.|[^'\\\n])*'")
+
+def _quoted(text, m): # whether a mark stands in a string of a program's, or in Markdown's backticks
+    before, after = text[text.rfind('\n', 0, m.start()) + 1:m.start()], text[m.end():m.end()+3]
+    if after[:1] in ('"', "'") or after[:1] == '`' != after[1:2]: return True
+    if before.endswith('`'): return not before.endswith('``')
+    return before.endswith(('"', "'")) and bool(re.search('["\']', _STRING.sub('', before)))
+
+def _found(pattern, text): return [m for m in pattern.finditer(text) if not _quoted(text, m)]
 
 def without_reasoning(
     text:str, # What the model wrote
 )->str: # What it says after its last reasoning part
     "The answer without its reasoning, also where a reasoning part lacks its beginning or its end."
-    closings, kept, end = list(_CLOSE.finditer(text)), [], 0
-    for opening in _OPEN.finditer(text):
+    closings, kept, end = _found(_CLOSE, text), [], 0
+    for opening in _found(_OPEN, text):
         if opening.start() < end: continue # inside the part before
         closing = next((c for c in closings if c.start() >= opening.end()), None)
         kept.append(text[end:opening.start()])
         end = closing.end() if closing else len(text)
         if not closing: break
     kept = ''.join([*kept, text[end:]])
-    closings = list(_CLOSE.finditer(kept))
+    closings = _found(_CLOSE, kept)
     return kept[closings[-1].end():] if closings else kept # what has no beginning began in the prompt
 
 # %% ../nbs/10_answers.ipynb #bdf00772
 _BEGINNINGS = re.compile(r'<s>|<bos>|<\|(?:begin_of_text|startoftext|endofprompt|begin_of_solution|START_RESPONSE)\|>|'
                          r'<\|start_header_id\|>\w*<\|end_header_id\|>|(?:<\|im_start\|>|<\|start\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>)(?:assistant|model)?(?:<\|message\|>)?|<\|message\|>')
-_ENDS = re.compile(_UNQUOTED.format(r'(?:</s>|<eos>|<end_of_turn>|\[/?INST\]|<(?:\||｜)[^\s<>|｜]*(?:end|eot|eos|eom|stop|return|user|pad|file_sep)[^<>|｜\n]*(?:\||｜)>|<file_sep>|\[DONE\]|'
-                                    r'(?:(?<=\n)|^)#+ *(?:Instruction|Input|Question|User|Problem)\b *:?[ \t]*$|(?:(?<=\n)|^)(?:Human|User|Q): )'), re.I | re.M)
+_ENDS = re.compile(r'</s>|<eos>|<end_of_turn>|\[/?INST\]|<file_sep>|<(?:\||｜)[^\s<>|｜]*(?:end|eot|eos|eom|stop|return|user|pad|file_sep)[^<>|｜\n]*(?:\||｜)>|'
+                   r'^[ \t#]*(?-i:\[DONE\])|^#+ *(?:Instruction|Input|Question|User|Problem)\b *:?[ \t]*$|^(?:Human|User|Q): ', re.I | re.M)
 
 def without_end_marks(
     text:str,
 )->str: # Up to the first mark that ends a text
     "An answer ends where the model said so, not where it was stopped."
-    text = re.sub(_UNQUOTED.format(f'(?:{_BEGINNINGS.pattern})'), '', text)
-    return next((text[:m.start()] for m in _ENDS.finditer(text) if text[:m.start()].strip()), text)
+    text = _BEGINNINGS.sub(lambda m: m[0] if _quoted(text, m) else '', text)
+    return next((text[:m.start()] for m in _found(_ENDS, text) if text[:m.start()].strip()), text)
 
 # %% ../nbs/10_answers.ipynb #e3d24d34
 _PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) # what `compile` says of text that is no program
@@ -126,14 +134,15 @@ def _fenced(text): # blocks
     return [b for b in out if b.label not in _OTHERS] or out
 
 # %% ../nbs/10_answers.ipynb #1767f5be
-_TAGS = r'<(?P<a>answer|final_answer|solution|code|python|execute|script|pre|file)\b[^<>\n]*>|\[(?P<b>PYTHON|ANSWER|CODE|BEGIN|SOLUTION)\]|\\begin\{(?P<c>code|lstlisting|minted|verbatim)\}(?:[\[{][^\n]*)?|<\|(?P<d>python_tag|python_start|begin_of_code)\|>'
-_TAG = re.compile(_UNQUOTED.format(f'(?:{_TAGS})'), re.I)
+_TAG = re.compile(r'<(?P<a>answer|final_answer|solution|code|python|execute|script|pre|file)\b[^<>\n]*>|^[ \t]*(?-i:\[(?P<b>PYTHON|ANSWER|CODE|BEGIN|SOLUTION)\])|'
+                  r'\\begin\{(?P<c>code|lstlisting|minted|verbatim)\}(?:[\[{][^\n]*)?|<\|(?P<d>python_tag|python_start|begin_of_code)\|>', re.I | re.M)
+
+def _end_tag(name): return re.compile(rf'</?{name}\b[^<>\n]*>|^[ \t]*(?-i:\[/?{name}\]|\[DONE\]|\[END\])|\\end\{{{name}\}}|<\|(?:python_end|end_of_code)\|>', re.I | re.M)
 
 def _tagged(text): # blocks, of tags in tags the inner ones after the outer ones
     out = []
-    for m in _TAG.finditer(text):
-        name = re.escape(m[m.lastgroup])
-        end = re.compile(rf'</?{name}\b|\[/?{name}\]|\[DONE\]|\[END\]|\\end\{{{name}\}}|<\|(?:python_end|end_of_code)\|>', re.I).search(text, m.end())
+    for m in _found(_TAG, text):
+        end = _end_tag(re.escape(m[m.lastgroup])).search(text, m.end())
         inside = text[m.end():end.start() if end else len(text)].lstrip(' \t').removeprefix('\n')
         if inside.strip(): out.append(_Block(inside.split('\n'), ('tags',), m[m.lastgroup].lower()))
     return out
@@ -305,6 +314,13 @@ class _Statement:
     def sets(self): # something for what comes after
         return all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and isinstance(f := n.value.func, ast.Attribute) and _SETTING.match(f.attr) for n in self.nodes)
     @property
+    def returns(self): # as only a function's body may
+        todo = list(self.nodes)
+        while todo:
+            if isinstance(x := todo.pop(), (ast.Return, ast.Yield)): return True
+            if not isinstance(x, (*_DEFINITIONS, ast.Lambda)): todo += ast.iter_child_nodes(x)
+        return False
+    @property
     def is_main(self): return any(isinstance(n, ast.If) and '__name__' in {x.id for x in ast.walk(n.test) if isinstance(x, ast.Name)} for n in self.nodes)
     @property
     def idle(self): # does nothing but to read names
@@ -355,12 +371,15 @@ def _needed(own, others, asked): # statements, of `own` and of the runs `others`
     return kept
 
 def _keep(run, others, asked, known): # (statements of the run that are kept, those of others)
-    own, every = run.statements, known | {n for r in [run, *others] for s in r.statements for n in s.names.binds}
-    if not asked or _BY_NAME.search('\n'.join(run.lines)):
+    own = run.statements
+    if not asked: # all but words
+        every = known | {n for r in [run, *others] for s in r.statements for n in s.names.binds}
         kept = [s for s in own if not s.is_prose(every)]
         missing = {n for s in kept for n in s.names.reads} - {n for s in kept for n in s.names.binds}
-        return kept, [s for s in _needed([], others, missing) if s.run is not run]
-    needed, kept, there = _needed(own, others, asked), [], known
+        return kept, _needed([], others, missing)
+    if _BY_NAME.search('\n'.join(run.lines)): # whatever its names are found by
+        asked = asked.union(*(s.names.binds for s in own if not s.calls & (asked | {'input', 'print', 'open'})))
+    needed, kept = _needed(own, others, asked), []
     there = known | {n for s in needed for n in s.names.binds}
     for s in own:
         if s in needed or s.is_main or s.harmless(there): kept.append(s); there = there | s.names.binds
@@ -430,7 +449,7 @@ def _in_place(blocks, tests, asked, known): # (code, kinds), or None
         if tests.get('kind') == 'stdio' and any(r.why == 'error' for r in runs): return block.text, block.kinds # a program with an error in it; no line of it can be left out
         return _written(block, runs, run, [r for _, rs in read for r in rs], asked, known)
     if not tests.get('kind') == 'humaneval': return None
-    inner = [_Block(r.lines, (*b.kinds, *r.kinds)) for b, runs in read for r in runs if not r.why and any(isinstance(n, ast.Return) for s in r.statements for n in s.nodes)]
+    inner = [_Block(r.lines, (*b.kinds, *r.kinds)) for b, runs in read for r in runs if any(s.returns for s in r.statements)]
     for block in [*reversed([b for b, _ in read]), *reversed(inner)]:
         if body := _as_body(block, tests):
             head, kinds, runs = body

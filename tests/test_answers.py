@@ -1,5 +1,5 @@
 """From a model's text to the program that is run: the forms in which models answer, through the sandbox; beside evalplus's `sanitize`, where that is installed."""
-import json, sys, time, types
+import json, sys, textwrap, time, types
 from pathlib import Path
 
 import pytest
@@ -114,9 +114,10 @@ FORMS = [ # what, tests, answer, whether it is right
     ('reasoning, then a program', STDIO, f'<think>{READS.replace("+", "-")}</think>\n{READS}', True), ('a line with an error in it', STDIO, 'a, b = map(int, input().split())\na = a +* 3\nprint(a + b)\n', False),
 ]
 
-def results(programs): # each of them run once
-    keys = [json.dumps(p) for p in programs]
-    said = dict(zip(once := dict(zip(keys, programs)), judge_many(once.values())))
+def results(programs): # each of them run once, however many blank lines it ends with
+    keys = [json.dumps((program.rstrip(), tests)) for program, tests in programs]
+    once = dict(zip(keys, programs))
+    said = dict(zip(once, judge_many(once.values())))
     return [said[k].status for k in keys]
 
 def program(answer, tests): return whole_program(find_code(answer, tests)[0], tests), tests
@@ -133,3 +134,99 @@ def test_case_file():
     cases = json.loads(CASES.read_text())
     said = results([program(c['answer'], cases['tests'][c['tests']]) for c in cases['cases']])
     assert [(c['what'], s) for c, s in zip(cases['cases'], said) if s != c['right'].split()[0]] == [] and len(said) == 11
+
+# Forms around a program, and around the body of a HumanEval function; `draft` is another program
+AROUND = [
+    lambda c, draft: c,
+    lambda c, draft: f'Here is the solution:\n\n{c}\nHope this helps!',
+    lambda c, draft: f'Sure (it\'s short):\n\n```python\n{c}```\n\nIt\'s O(n).',
+    lambda c, draft: f'```\n{c}',
+    lambda c, draft: f'1. So:\n   ```py\n{textwrap.indent(c, "   ")}   ```\n',
+    lambda c, draft: f'[PYTHON]\n{c}[/PYTHON]',
+    lambda c, draft: f'<reasoning>\n{draft}</reasoning>\n<answer>\n{c}</answer>',
+    lambda c, draft: f'<think>\nMaybe\n```python\n{draft}```\nno.\n</think>\n\n```python\n{c}```\n',
+    lambda c, draft: f'Let us try\n{draft}\nno.\n</think>\n{c}',
+    lambda c, draft: f'First:\n```python\n{draft}```\nBut it fails. Better:\n```python\n{c}```\n',
+    lambda c, draft: f'{c.rstrip()}<|im_end|>\n<|im_start|>user\nThen?\n{draft}',
+    lambda c, draft: f'{c}\n\ndef next_one(a):\n    """ Does',
+    lambda c, draft: f'{c}\nassert 1 == 2\nprint(int(input()))\n',
+]
+AROUND_BODY = [
+    lambda b, draft: b,
+    lambda b, draft: f'{b}\nThis function does what it should.\n',
+    lambda b, draft: f'{b}\n\ndef next_one(a):\n    """ Does',
+    lambda b, draft: b.lstrip(),
+    lambda b, draft: f'```python\n{textwrap.dedent(b)}```\n',
+    lambda b, draft: f'Here is the body:\n\n{b}\nHope this helps!',
+    lambda b, draft: f'<think>{draft}</think>\n{b.rstrip()}</s>',
+]
+
+def test_mutants():
+    """Right and wrong programs in every form: each has the result that it has alone."""
+    from weighted_mtp.synthetic import make_problems, problem_rows
+    alone, formed = [], []
+    for p in make_problems(7, seed=3):
+        rows, tests = problem_rows(p, per_problem=2), dict(kind='asserts', tests=p.tests)
+        for row in rows:
+            code, right = row['output'].rstrip() + '\n', row['is_correct']
+            draft = next(r['output'].rstrip() + '\n' for r in rows if r['is_correct'] != right)
+            alone.append(((code, tests), right))
+            formed += [(program(form(code, draft), tests), right, form) for form in AROUND]
+            first, _, body = code.partition('\n')
+            if not first.startswith('def f('): continue
+            checks = ''.join(f'    {t}\n' for t in p.tests)
+            prompt = dict(kind='humaneval', entry_point='f', test=f'def check(f):\n{checks}', prompt=f'{first}\n    """ {p.instruction} """\n')
+            formed += [(program(form(body, draft), prompt), right, form) for form in AROUND_BODY]
+    said = results([job for job, *_ in [*alone, *formed]])
+    assert [(job, s) for (job, right), s in zip(alone, said) if (s == 'passed') != right] == [] and {right for _, right in alone} == {True, False}
+    assert [(job, s) for (job, right, _), s in zip(formed, said[len(alone):]) if (s == 'passed') != right] == [] and len(formed) >= 400
+
+def test_time_and_depth():
+    """Two thousand lines of the kinds that cost most, and what is nested too deeply for the parser, around a right function."""
+    lines = dict(prose='Here is (the "next" line.\n'*2000, brackets='x = [\n'*2000, strings='"""\nx = 1\n'*1000, errors='def f(x):\n    x = = 1\n'*1000, code='def g(x):\n    return x\n'*1000,
+                 fences='```python\ndef g(x):\n'*1000, tags='<code>\n'*2000, table='x = [\n' + '(1, 2),\n'*2000 + ']\n', chain='def g0(x): return x\n' + ''.join(f'def g{i}(x): return g{i-1}(x)\n' for i in range(1, 2000)))
+    deep = dict(brackets='('*100_000, minus='x = ' + '-'*100_000 + '1', attributes='x' + '.x'*50_000, sums='x = 1' + ' + 1'*50_000, indents=''.join(' '*i + 'if 1:\n' for i in range(300)), nothing='\0')
+    for name, text in [*lines.items(), *deep.items()]:
+        start = time.monotonic()
+        code, kinds = find_code(f'Let us see.\n{text}\n\ndef add(a, b):\n    return a + b\n', ASSERTS)
+        assert 'def add' in code and time.monotonic() - start < 3, (name, kinds, time.monotonic() - start) # 0.1 s on a quiet machine
+
+def test_evaluation_counts_findings(tmp_path, monkeypatch):
+    """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
+    from weighted_mtp import evaluation
+    from weighted_mtp.generation import Generation
+    answers = [GOOD, fence(GOOD), f'{GOOD}\nassert add(1, 1) == 3\n', fence(BAD)]
+    runs = []
+    monkeypatch.setattr(evaluation, 'judge_many', lambda jobs, **kw: runs.extend(jobs) or judge_many(jobs, **kw))
+    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: [Generation(t, [1], 'eos', 1) for t in answers])
+    problems = [dict(problem_id='a', instruction='Add.', tests=ASSERTS), dict(problem_id='b', instruction='Add.', tests=dict(kind='answer', answer='12'))]
+    found = evaluation.evaluate(None, types.SimpleNamespace(get_vocab=dict), problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
+    rows = [json.loads(line) for line in open(found['file'])]
+    assert [(r['status'], r['as_written'], r['kinds']) for r in rows[:4]] == [('passed', 'passed', []), ('passed', 'error', ['fence']), ('passed', 'error', ['examples']), ('failed', 'error', ['fence'])]
+    assert len(runs) == 5 # the text itself is run only where it is a program, and another one
+    assert found['found'] == {'as written': 5, 'fence': 2, 'examples': 1}
+    assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and evaluation._ks(found) == [1, 4]
+    assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in evaluation.in_words(found)
+    assert evaluation.metrics_of(found)['forms/pass_at_1_as_written'] == 1/8
+    old = evaluation.summary([{k: v for k, v in r.items() if k not in ('kinds', 'as_written')} for r in rows], (1, 4), 'forms') # a file of before
+    assert old == {k: v for k, v in found.items() if k in old} and 'found' not in old and 'as written' not in evaluation.in_words(old)
+    assert 'forms/pass_at_1_as_written' not in evaluation.metrics_of(old)
+
+def evalplus_program(sanitize, answer, tests): # as its command does it
+    if tests['kind'] == 'asserts': return sanitize(answer, 'add'), tests
+    checks = [f'assert add({x}) == {y}' for x, y in (('1, 2', 3), ('2, 5', 7))]
+    return sanitize(tests['prompt'] + '\n' + answer, tests['entry_point']), dict(kind='asserts', tests=checks)
+
+def test_beside_evalplus(monkeypatch):
+    """No form that evalplus's own function gets right is wrong here, and more are right."""
+    pytest.importorskip('tree_sitter_python')
+    data = types.ModuleType('evalplus.data') # which wants packages for downloading
+    for name in ('get_human_eval_plus', 'get_mbpp_plus', 'load_solutions', 'write_directory', 'write_jsonl'): setattr(data, name, None)
+    monkeypatch.setitem(sys.modules, 'evalplus.data', data)
+    sanitize = pytest.importorskip('evalplus.sanitize').sanitize
+    forms = [f for f in FORMS if f[1]['kind'] != 'stdio'] # it knows functions only
+    right = [r for *_, r in forms]
+    ours = [(s == 'passed') == r for s, r in zip(results([program(a, t) for _, t, a, _ in forms]), right)]
+    theirs = [(s == 'passed') == r for s, r in zip(results([evalplus_program(sanitize, a, t) for _, t, a, _ in forms]), right)]
+    print(f'{len(forms)} forms: {sum(ours)} right here, {sum(theirs)} by evalplus')
+    assert len(forms) >= 40 and [f[0] for f, o, t in zip(forms, ours, theirs) if t and not o] == [] and sum(ours) > sum(theirs)

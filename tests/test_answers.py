@@ -44,6 +44,14 @@ FORMS = [ # what, tests, answer, whether it is right
     ('a lambda', ASSERTS, 'The shortest way:\n\nadd = lambda a, b: a + b\n\nThat is it.', True),
     ('a function of operator', ASSERTS, 'Use the library:\n\nfrom operator import add\n\nThat is it.', True),
     ('an import that may fail', ASSERTS, 'So:\n\ntry:\n    from fast import plus\nexcept ImportError:\n    plus = lambda a, b: a + b\n\ndef add(a, b):\n    return plus(a, b)\n\nDone.', True),
+    ('bullets that Python could read', ASSERTS, f'{GOOD}\n- O(n)\n- Note: fast\n* Complexity: O(1)\n', True),
+    ('the label of a fence that the prompt began', ASSERTS, f'python\n{GOOD}```\nDone.', True),
+    ('the prompt again, Alpaca', ASSERTS, f'Below is an instruction that describes a task.\n\n### Instruction:\nAdd two.\n\n### Input:\ndef add(a, b)\n\n### Response:\n{GOOD}', True),
+    ('an example for an old Python', ASSERTS, f'{GOOD}\nprint add(1, 2)\n', True),
+    ('a block quote', ASSERTS, '> Here:\n> ```python\n> def add(a, b):\n>     return a + b\n> ```\n', True),
+    ('as typed into Python', ASSERTS, 'Try:\n\n>>> def add(a, b):\n...     return a + b\n...\n>>> add(1, 2)\n3\n', True),
+    ('a counter in the module', ASSERTS, f'So:\n\ncalls = 0\ndef add(a, b):\n    global calls\n    calls += 1\n    return a + b\n\nprint(add(int(input()), 1))', True),
+    ('an import, prose, the function', ASSERTS, 'First import\n\nimport operator\n\nand then write this:\n\ndef add(a, b):\n    return operator.add(a, b)\n', True),
     # what stands beside the function
     ('an example that reads input', ASSERTS, GOOD + '\nprint(add(int(input()), int(input())))\n', True),
     ('an example that asserts something wrong', ASSERTS, GOOD + '\nassert add(1, 1) == 3\n', True),
@@ -107,10 +115,16 @@ FORMS = [ # what, tests, answer, whether it is right
     ('the prompt again, wrong', HUMANEVAL, f'Sure!\n{fence(HUMANEVAL["prompt"] + "    return a - b" + chr(10))}Done.', False),
     ('the prompt again, prose after', HUMANEVAL, HUMANEVAL['prompt'] + BODY + '\nThis adds.', True), ('a body and an end mark', HUMANEVAL, BODY.rstrip() + '<|endoftext|>', True),
     ('prose alone', HUMANEVAL, 'I cannot help with that.', False), ('the docstring alone', HUMANEVAL, HUMANEVAL['prompt'], False),
+    ('a body and the end of a fence', HUMANEVAL, BODY + '```\n\nThis adds.', True), ('a body with tabs', HUMANEVAL, '\treturn a + b\n', True),
+    ('a body, doctests, wrong assertions', HUMANEVAL, BODY + '\nif __name__ == "__main__":\n    import doctest\n    doctest.testmod()\nassert add(1, 1) == 3\n', True),
+    ('a body with a function in it', HUMANEVAL, '    def plus(x):\n        return a + x\n    return plus(b)\n\nThe inner function adds.', True),
+    ('a body with an error, prose after', HUMANEVAL, '    return a + + * b\n\nThis adds.', False),
     # programs that read and print
     ('a program', STDIO, READS, True), ('a program in prose', STDIO, f'Here it is:\n\n{READS}\nIt adds the two numbers.', True), ('a wrong program in prose', STDIO, f'Here it is:\n\n{READS.replace("+", "-")}\nIt adds them.', False),
     ('a program and sample input', STDIO, f'{fence(READS)}Input:\n{fence("1 2" + chr(10), "")}Output:\n{fence("3" + chr(10), "")}', True), ('a program with a main guard', STDIO, f'{fence(GOOD + "if __name__ == " + repr("__main__") + ":" + chr(10) + "    print(add(*map(int, input().split())))" + chr(10))}', True),
     ('a draft, then a program', STDIO, f'{fence(READS.replace("+", "-"))}No:\n{fence(READS)}', True), ('function and program in two fences', STDIO, f'{fence(GOOD)}and\n{fence("print(add(*map(int, input().split())))" + chr(10))}', True),
+    ('a program, prose with brackets', STDIO, f'{READS}\nO(1) time.\n- O(1)\n', True), ('a program with a function, prose around', STDIO, f'Here:\n\nimport sys\n\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n\nmain()\n\nIt adds.', True),
+    ('samples without a fence', STDIO, f'Input:\n1 2\nOutput:\n3\n\n{READS}', True), ('a call of what is not there', STDIO, READS + 'mian()\n', False),
     ('reasoning, then a program', STDIO, f'<think>{READS.replace("+", "-")}</think>\n{READS}', True), ('a line with an error in it', STDIO, 'a, b = map(int, input().split())\na = a +* 3\nprint(a + b)\n', False),
 ]
 

@@ -14,15 +14,16 @@ from itertools import groupby, islice
 
 # %% ../nbs/10_answers.ipynb #ff22a8ac
 _REASONING = 'think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad|seed:think'
-_OPENS = rf'<(?P<a>{_REASONING})>|(?-i:\[(?P<b>THINK)\])|◁(?P<c>think)▷|<\|begin_of_(?P<d>thought)\|>|<\|START_(?P<e>THINKING)\|>|<\|channel\|>(?P<f>analysis|commentary)\b'
-_CLOSES = rf'</(?:{_REASONING})>|(?-i:\[/THINK\])|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|channel\|>final(?:<\|message\|>)?'
+_OPENS = rf'<(?P<a>{_REASONING})>|(?-i:\[(?P<b>THINK)\])|◁(?P<c>think)▷|<\|begin_of_(?P<d>thought)\|>|<\|START_(?P<e>THINKING)\|>|<\|channel\|>(?P<f>analysis|commentary)\b|<unused94>thought'
+_CLOSES = rf'</(?:{_REASONING})>|(?-i:\[/THINK\])|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>|<\|channel\|>final(?:<\|message\|>)?'
 _OPEN, _CLOSE = (re.compile(p, re.I) for p in (_OPENS, _CLOSES))
 _STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|' + r"'(?:\\.|[^'\\\n])*'")
 
 def _quoted(text, m): # whether a mark stands in a string of a program's, or in Markdown's backticks
     before, after = text[text.rfind('\n', 0, m.start()) + 1:m.start()], text[m.end():m.end()+3]
     if after[:1] in ('"', "'") or after[:1] == '`' != after[1:2]: return True
-    if before.endswith('`'): return not before.endswith('``')
+    if before.endswith(('"""', "'''", '``')): return False # the end of something
+    if before.endswith('`'): return True
     return before.endswith(('"', "'")) and bool(re.search('["\']', _STRING.sub('', before)))
 
 def _found(pattern, text): return [m for m in pattern.finditer(text) if not _quoted(text, m)]
@@ -44,21 +45,29 @@ def without_reasoning(
 
 # %% ../nbs/10_answers.ipynb #bdf00772
 _BEGINNINGS = re.compile(r'<s>|<bos>|<\|(?:begin_of_text|startoftext|endofprompt|begin_of_solution|START_RESPONSE)\|>|'
-                         r'<\|start_header_id\|>\w*<\|end_header_id\|>|(?:<\|im_start\|>|<\|start\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>)(?:assistant|model)?(?:<\|message\|>)?|<\|message\|>')
-_ENDS = re.compile(r'</s>|<eos>|<end_of_turn>|\[/?INST\]|<file_sep>|<(?:\||｜)[^\s<>|｜]*(?:end|eot|eos|eom|stop|return|user|pad|file_sep)[^<>|｜\n]*(?:\||｜)>|'
+                         r'<\|start_header_id\|>\w*<\|end_header_id\|>|(?:<\|im_start\|>|<\|start\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>)(?:assistant|model)?(?:<\|message\|>)?|<\|message\|>|\[/INST\]')
+_KEYWORD = re.compile(r'\s*(?:@\w|(?:async +)?def\b|class \w|(?:if|for|while|with|try|elif|else|except|finally|match|case)\b.*:\s*(?:#.*)?$)')
+_WORDS = re.compile(r"[^\W\d_]{2,}[,;]? [^\W\d_]+[,;]? [^\W\d_]+") # three in a row
+
+def _is_prose(line): # of a line that does not parse
+    line = line.strip()
+    return bool(_WORDS.search(line)) or line.endswith(('.', '!', '?')) or line.endswith(':') and not _KEYWORD.match(line) or not re.search(r'[^\W\d_]', line) # samples are numbers
+
+_PROMPT = re.compile(r'(?s)(.*?)^### Instruction:.*?^### Response:[ \t]*$', re.M) # Alpaca's, written once more
+_ENDS = re.compile(r'</s>|<eos>|<end_of_turn>|(?-i:\[INST\])|<file_sep>|<(?:\||｜)[^\s<>|｜]*(?:end|eot|eos|eom|stop|return|user|pad|file_sep)[^<>|｜\n]*(?:\||｜)>|'
                    r'^[ \t#]*(?-i:\[DONE\])|^#+ *(?:Instruction|Input|Question|User|Problem)\b *:?[ \t]*$|^(?:Human|User|Q): ', re.I | re.M)
 
 def without_end_marks(
     text:str,
 )->str: # Up to the first mark that ends a text
     "An answer ends where the model said so, not where it was stopped."
+    if (prompt := _PROMPT.match(text)) and all(_is_prose(l) or not l.strip() for l in prompt[1].split('\n')): text = text[prompt.end():]
     text = _BEGINNINGS.sub(lambda m: m[0] if _quoted(text, m) else '', text)
     return next((text[:m.start()] for m in _found(_ENDS, text) if text[:m.start()].strip()), text)
 
 # %% ../nbs/10_answers.ipynb #e3d24d34
 _PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) # what `compile` says of text that is no program
 _LONGEST = 1 << 20 # characters that are looked through
-_KEYWORD = re.compile(r'\s*(?:@\w|(?:async +)?def\b|class \w|(?:if|for|while|with|try|elif|else|except|finally|match|case)\b.*:\s*(?:#.*)?$)')
 
 def _parse(source): # (tree, None), or (None, why)
     try: return compile(source, 'answer', 'exec', ast.PyCF_ONLY_AST, dont_inherit=True), None
@@ -246,7 +255,6 @@ class _Reader:
             else: out += [_Run(self.lines[i:j], i, why) for i, j, why in group if j > i]
         return out
 
-def _is_prose(line): return bool(re.search(r"[^\W\d_]{2,}[,;]? [^\W\d_]+[,;]? [^\W\d_]+|^[\s>*#-]*[A-Z][\w' ,-]*[.:!?]+$", line.strip()) or not re.search(r'\w', line))
 def _why(*lines): return 'prose' if all(_is_prose(l) or not l.strip() for l in lines) else 'error'
 
 # %% ../nbs/10_answers.ipynb #646fab39
@@ -325,7 +333,9 @@ class _Statement:
     @property
     def idle(self): # does nothing but to read names
         return all(isinstance(n, ast.Pass) or isinstance(n, ast.AnnAssign) and n.value is None or isinstance(n, ast.Expr) and not any(isinstance(x, _EFFECTS) for x in ast.walk(n)) for n in self.nodes)
-    def is_prose(self, known): return self.idle and not self.names.early <= known
+    def is_prose(self, known): # a word, `- item(s)` or `Note: text`, of names that there are not
+        unused = lambda n: isinstance(n, ast.AnnAssign) and n.value is None or isinstance(n, ast.Expr) and not isinstance(n.value, _EFFECTS)
+        return all(map(unused, self.nodes)) and not self.names.early <= known
     def harmless(self, known): return self.names.early <= known and (self.defines or self.idle or all(isinstance(n, (ast.Assign, ast.AnnAssign)) and not any(isinstance(x, _EFFECTS) for x in ast.walk(n)) for n in self.nodes))
 
 def _is_stub(node): # a function that is only announced
@@ -401,12 +411,18 @@ def _blocks_in(block): # of a tag: its fences, or itself
     inner = _fenced('\n'.join(lines))
     return [_Block(b.lines, (*block.kinds, *b.kinds), b.label) for b in inner] or [_Block(lines, block.kinds)]
 
+_QUOTE = re.compile(r'^[ \t]*(?:>>>|\.\.\.|>)(?: |$)', re.M)
+
 def _places(text): # lists of blocks, those to be looked into first before
     tagged = _tagged(text)
     yield [b for t in tagged if 'answer' in t.label for inner in [_tagged(t.text) or [t]] for x in inner for b in _blocks_in(x)]
     yield _fenced(text)
     yield [b for t in tagged for b in _blocks_in(t)]
     yield [_Block(text.split('\n'))]
+    if (bare := _QUOTE.sub('', text)) != text: # a block quote, or typed into Python
+        bare = _Block(bare.split('\n'), ('quote',))
+        yield _blocks_in(bare)
+        yield [bare]
 
 def _chosen(read, tests, asked): # (block, its runs, run) among all that was read, or None
     every = [(b, runs, r) for b, runs in read for r in runs if not r.why]

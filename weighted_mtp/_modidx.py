@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'weighted_mtp.answers._trimmed': ('answers.html#_trimmed', 'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers._unfinished': ('answers.html#_unfinished', 'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers._why': ('answers.html#_why', 'weighted_mtp/answers.py'),
+                                      'weighted_mtp.answers._without_prompt': ('answers.html#_without_prompt', 'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers._written': ('answers.html#_written', 'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers.answer_of': ('answers.html#answer_of', 'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers.extract_code': ('answers.html#extract_code', 'weighted_mtp/answers.py'),

@@ -20,7 +20,7 @@ _OPEN, _CLOSE = (re.compile(p, re.I) for p in (_OPENS, _CLOSES))
 _STRING = re.compile(r'"(?:\\.|[^"\\\n])*"|' + r"'(?:\\.|[^'\\\n])*'")
 
 def _quoted(text, m): # whether a mark stands in a string of a program's, or in Markdown's backticks
-    before, after = text[text.rfind('\n', 0, m.start()) + 1:m.start()], text[m.end():m.end()+3]
+    before, after = text[max(0, m.start() - 400):m.start()].rpartition('\n')[2], text[m.end():m.end()+2]
     if after[:1] in ('"', "'") or after[:1] == '`' != after[1:2]: return True
     if before.endswith(('"""', "'''", '``')): return False # the end of something
     if before.endswith('`'): return True
@@ -30,44 +30,47 @@ def _found(pattern, text): return [m for m in pattern.finditer(text) if not _quo
 
 def without_reasoning(
     text:str, # What the model wrote
-)->str: # What it says after its last reasoning part
+)->str: # What it says beside its reasoning
     "The answer without its reasoning, also where a reasoning part lacks its beginning or its end."
-    closings, kept, end = _found(_CLOSE, text), [], 0
-    for opening in _found(_OPEN, text):
-        if opening.start() < end: continue # inside the part before
-        closing = next((c for c in closings if c.start() >= opening.end()), None)
-        kept.append(text[end:opening.start()])
-        end = closing.end() if closing else len(text)
-        if not closing: break
-    kept = ''.join([*kept, text[end:]])
-    closings = _found(_CLOSE, kept)
-    return kept[closings[-1].end():] if closings else kept # what has no beginning began in the prompt
+    kept, end, inside = [], 0, False
+    for m in sorted([*_found(_OPEN, text), *_found(_CLOSE, text)], key=lambda m: m.start()):
+        opens = m.re is _OPEN
+        if opens and not inside: kept.append(text[end:m.start()])
+        elif not opens and not inside: kept.clear() # what has no beginning began in the prompt
+        if not opens: end = m.end()
+        inside = opens
+    return ''.join(kept) + ('' if inside else text[end:])
 
 # %% ../nbs/10_answers.ipynb #bdf00772
 _BEGINNINGS = re.compile(r'<s>|<bos>|<\|(?:begin_of_text|startoftext|endofprompt|begin_of_solution|START_RESPONSE)\|>|'
                          r'<\|start_header_id\|>\w*<\|end_header_id\|>|(?:<\|im_start\|>|<\|start\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>)(?:assistant|model)?(?:<\|message\|>)?|<\|message\|>|\[/INST\]')
 _KEYWORD = re.compile(r'\s*(?:@\w|(?:async +)?def\b|class \w|(?:if|for|while|with|try|elif|else|except|finally|match|case)\b.*:\s*(?:#.*)?$)')
-_WORDS = re.compile(r"[^\W\d_]{2,}[,;]? [^\W\d_]+[,;]? [^\W\d_]+") # three in a row
+_WORDS = re.compile(r"\b[^\W\d_]{2,}[,;]? [^\W\d_]+[,;]? [^\W\d_]+") # three in a row
 
 def _is_prose(line): # of a line that does not parse
     line = line.strip()
     return bool(_WORDS.search(line)) or line.endswith(('.', '!', '?')) or line.endswith(':') and not _KEYWORD.match(line) or not re.search(r'[^\W\d_]', line) # samples are numbers
 
-_PROMPT = re.compile(r'(?s)(.*?)^### Instruction:.*?^### Response:[ \t]*$', re.M) # Alpaca's, written once more
-_ENDS = re.compile(r'</s>|<eos>|<end_of_turn>|(?-i:\[INST\])|<file_sep>|<(?:\||｜)[^\s<>|｜]*(?:end|eot|eos|eom|stop|return|user|pad|file_sep)[^<>|｜\n]*(?:\||｜)>|'
-                   r'^[ \t#]*(?-i:\[DONE\])|^#+ *(?:Instruction|Input|Question|User|Problem)\b *:?[ \t]*$|^(?:Human|User|Q): ', re.I | re.M)
+def _without_prompt(text): # which some models write once more, here Alpaca's
+    begins = re.compile(r'^### Instruction:', re.M).search(text)
+    ends = begins and re.compile(r'^### Response:[ \t]*$', re.M).search(text, begins.end())
+    before = text[:begins.start()].split('\n') if ends else []
+    return text[ends.end():] if ends and all(_is_prose(l) or not l.strip() for l in before) else text
+
+_ENDS = re.compile(r'</s>|<eos>|<end_of_turn>|(?-i:\[INST\])|<file_sep>|<[|｜][^\s<>|｜]{0,30}(?:end|eot|eos|eom|stop|return|user|pad|file_sep)[^<>|｜\n]{0,30}[|｜]>|'
+                   r'^[ \t#]*(?-i:\[DONE\])|^#+ *(?:Instruction|Input|Question|User|Problem)\b {0,9}:?[ \t]{0,9}$|^(?:Human|User|Q): ', re.I | re.M)
 
 def without_end_marks(
     text:str,
 )->str: # Up to the first mark that ends a text
     "An answer ends where the model said so, not where it was stopped."
-    if (prompt := _PROMPT.match(text)) and all(_is_prose(l) or not l.strip() for l in prompt[1].split('\n')): text = text[prompt.end():]
+    text = _without_prompt(text)
     text = _BEGINNINGS.sub(lambda m: m[0] if _quoted(text, m) else '', text)
     return next((text[:m.start()] for m in _found(_ENDS, text) if text[:m.start()].strip()), text)
 
 # %% ../nbs/10_answers.ipynb #e3d24d34
 _PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) # what `compile` says of text that is no program
-_LONGEST = 1 << 20 # characters that are looked through
+_LONGEST = 1 << 18 # characters that are looked through
 
 def _parse(source): # (tree, None), or (None, why)
     try: return compile(source, 'answer', 'exec', ast.PyCF_ONLY_AST, dont_inherit=True), None
@@ -444,7 +447,7 @@ def _as_body(block, tests): # runs of the prompt's function with the block as it
     head, best = prompt[begins.start():].split('\n')[:-1], None
     for kinds, body in _bodies(block.lines, _indent(next(l for l in reversed(head) if l.strip())) if len(head) > 1 else '    '):
         runs = _Reader([*head, *body]).runs()
-        s = runs[0].statements[0] if runs and not runs[0].why and not runs[0].start else None
+        s = next(iter(runs[0].statements), None) if runs and not runs[0].start else None
         if not s or s.end <= len(head) or _is_stub(s.nodes[0]): continue
         if best is None or s.end > best[0]: best = s.end, kinds, runs
         if not kinds: break
@@ -514,7 +517,8 @@ def find_code(
     if len(text) > _LONGEST: return text, ('too long',)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of escapes in the model's strings
-        code, kinds = _find(text, tests or {})
+        try: code, kinds = _find(text, tests or {})
+        except (RecursionError, MemoryError): return text, ('no code',) # nested too deeply to be looked through
     return (text, tuple(k for k in kinds if k == 'no code')) if code == text else (code, kinds or ('prose',))
 
 def extract_code(

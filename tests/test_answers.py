@@ -19,9 +19,11 @@ ASSERTS = dict(kind='asserts', tests=['assert add(1, 2) == 3', 'assert add(2, 5)
 CHECK = 'def check(f):\n    assert f(1, 2) == 3\n    assert f(2, 5) == 7\n'
 PROMPT = 'from typing import List\n\n\ndef add(a, b):\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n'
 HUMANEVAL = dict(kind='humaneval', entry_point='add', test=CHECK, prompt=PROMPT)
+ASSERTS_TWO = dict(kind='asserts', tests=[*ASSERTS['tests'], 'assert twice(3) == 6'])
 STDIO = dict(kind='stdio', tests=[['1 2\n', '3\n'], ['2 5\n', '7\n']])
 
 GOOD, BAD = 'def add(a, b):\n    return a + b\n', 'def add(a, b):\n    return a - b\n'
+TWICE = 'def twice(a):\n    return 2*a\n'
 READS = 'a, b = map(int, input().split())\nprint(a + b)\n'
 HELPED = 'def total(xs):\n    return sum(xs)\n\n\ndef add(a, b):\n    return total([a, b])\n'
 FILLED = '''sums = {}
@@ -134,6 +136,19 @@ FORMS = [ # what, tests, answer, whether it is right
      fence('def add(a, b):\n    """Use:\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'), True),
     ('a draft without a fence, then a draft corrected', ASSERTS, f'{BAD}\nWait, that subtracts.\n\n{GOOD}', True),
     ('a right draft without a fence, then a wrong one', ASSERTS, f'{GOOD}\nWait, better subtract.\n\n{BAD}', False),
+    ('a right draft of two functions, one of them then wrong', ASSERTS_TWO,
+     f'{fence(GOOD + TWICE)}Better:\n{fence(BAD)}', False),
+    ('a wrong draft of two functions, one of them mended', ASSERTS_TWO,
+     f'{fence(BAD + TWICE)}Better:\n{fence(GOOD)}', True),
+    ('two functions in two fences', ASSERTS_TWO, f'{fence(GOOD)}and\n{fence(TWICE)}', True),
+    ('a draft that fills a table of the same name', ASSERTS,
+     f'{fence(FILLED + "sums[1, 2] = 9" + chr(10))}No:\n{fence(FILLED)}', True),
+    ('a draft with a builtin of its own', ASSERTS,
+     f'{fence("def sum(xs): return 0" + chr(10) + BAD)}No:\n{fence(GOOD.replace("a + b", "sum([a, b])"))}', True),
+    ('a star import, prose, the function', ASSERTS,
+     'First:\n\nfrom operator import *\n\nthen this one:\n\ndef add(a, b):\n    return neg(sub(neg(a), b))\n', True),
+    ('the answer, then its outline', ASSERTS,
+     f'{fence(GOOD)}So it is\n{fence(GOOD.replace("a + b", "..."))}', True),
     # tags
     *((f'tags {a}', ASSERTS, f'{a}\n{GOOD}{b}', True) for a, b in TAGS.items()),
     ('a wrong one in tags', ASSERTS, f'[PYTHON]\n{BAD}[/PYTHON]', False),
@@ -176,6 +191,8 @@ FORMS = [ # what, tests, answer, whether it is right
     ('a body in a fence', HUMANEVAL, f'The body:\n{fence(LONG_BODY)}Done.', True),
     ('a body that lost one blank', HUMANEVAL, LONG_BODY[1:], True),
     ('a body after prose', HUMANEVAL, f'Here is the completed body:\n\n{LONG_BODY}\nIt counts.', True),
+    ('a body, and a part of it explained', HUMANEVAL,
+     f'{fence(LONG_BODY)}The last line\n{fence("    return out" + chr(10))}', True),
     ('a body with a helper behind it', HUMANEVAL,
      '    return total([a, b])\n\n\ndef total(xs):\n    return sum(xs)\n\n\nThat is all.', True),
     ('the whole function', HUMANEVAL, GOOD, True),

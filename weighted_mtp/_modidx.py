@@ -29,6 +29,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers._Statement.harmless': ( 'answers.html#_statement.harmless',
                                                                                     'weighted_mtp/answers.py'),
+                                      'weighted_mtp.answers._Statement.imports_all': ( 'answers.html#_statement.imports_all',
+                                                                                       'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers._Statement.inside': ( 'answers.html#_statement.inside',
                                                                                   'weighted_mtp/answers.py'),
                                       'weighted_mtp.answers._Statement.is_main': ( 'answers.html#_statement.is_main',

@@ -97,6 +97,8 @@ FORMS = [ # what, tests, answer, whether it is right
      f'So:\n\n{COUNTING}\nprint(add(int(input()), 1))', True),
     ('an import, prose, the function', ASSERTS,
      'Import\n\nimport operator\n\nand then write this:\n\ndef add(a, b):\n    return operator.add(a, b)\n', True),
+    ('in a sentence', ASSERTS, 'Use `add = lambda a, b: a + b`, which adds.', True),
+    ('blanks that are none', ASSERTS, '\ufeff' + GOOD.replace('    ', '\xa0'*4), True),
     # what stands beside the function
     ('an example that reads input', ASSERTS, GOOD + '\nprint(add(int(input()), int(input())))\n', True),
     ('an example that asserts something wrong', ASSERTS, GOOD + '\nassert add(1, 1) == 3\n', True),
@@ -193,6 +195,7 @@ FORMS = [ # what, tests, answer, whether it is right
     ('a body after prose', HUMANEVAL, f'Here is the completed body:\n\n{LONG_BODY}\nIt counts.', True),
     ('a body, and a part of it explained', HUMANEVAL,
      f'{fence(LONG_BODY)}The last line\n{fence("    return out" + chr(10))}', True),
+    ('a body, then the function announced', HUMANEVAL, BODY + '\n\nNow:\n\ndef add(a, b):\n    pass\n', True),
     ('a body with a helper behind it', HUMANEVAL,
      '    return total([a, b])\n\n\ndef total(xs):\n    return sum(xs)\n\n\nThat is all.', True),
     ('the whole function', HUMANEVAL, GOOD, True),

@@ -528,20 +528,19 @@ def _length(block, run): # of a fence's text, or lines that are not blank
     if block.kinds and len(run.lines) == len(block.lines): return len(block.text)
     return sum(bool(l.strip()) for l in run.lines)
 
-def _chosen(read, tests, asked): # (block, its runs, run) among all (block, runs) that were read, or None
+def _chosen(read, tests, asked, weak=False): # (block, its runs, run) among all (block, runs) that were read, or None
     every = [(b, runs, r) for b, runs in read for r in runs if not r.why]
-    if asked:
-        scores = [_score(r, asked) for *_, r in every]
-        for kind in range(2): # the last that defines something, else that imports it; the rest is looked for in others
-            if found := [x for x, score in zip(every, scores) if score[kind]]: return found[-1]
-        return None
+    if asked: # the last that defines something (`weak`: announces or imports it); the rest is looked for in others
+        return next((x for x in reversed(every) if _score(x[2], asked)[weak]), None)
     every = [x for x in every if _is_code(x[2].text)]
     if not every: return None
     if tests.get('kind') == 'stdio': return max(enumerate(every), key=lambda x: (_talks(x[1][2].text), x[0]))[1]
     return max(every, key=lambda x: _length(x[0], x[2]))
 
 # %% ../nbs/10_answers.ipynb #f5f8c575
-_QUOTE = re.compile(r'^[ \t]*(?:>>>|\.\.\.|>)(?: |$)', re.M)
+_QUOTE = re.compile(r'^[ \t]*(?:>>>|\.\.\.|>)(?: |$)', re.M) # a block quote, or as typed into Python
+_INLINE = re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
+_BLANKS = {0xfeff: None, 0x200b: None, 0xa0: ' '} # that Python takes for no blanks
 
 def _places(text): # lists of blocks, in the order in which they are looked into
     tagged = _tagged(text)
@@ -550,26 +549,35 @@ def _places(text): # lists of blocks, in the order in which they are looked into
     yield _fenced(text)
     yield [b for t in tagged for b in _blocks_in(t)]
     yield [_Block(text.split('\n'))]
-    if (bare := _QUOTE.sub('', text)) != text: # a block quote, or as typed into Python
-        yield _blocks_in(_Block(bare.split('\n'), ('quote',)))
-        yield [_Block(bare.split('\n'), ('quote',))]
+    yield [_Block([code], ('quote',)) for code in _INLINE.findall(text)]
+    for kind, bare in (('quote', _QUOTE.sub('', text)), ('blanks', text.translate(_BLANKS))):
+        if bare == text: continue
+        yield _blocks_in(_Block(bare.split('\n'), (kind,)))
+        yield [_Block(bare.split('\n'), (kind,))]
 
 def _in_place(blocks, tests, asked, known): # (code, kinds), or None
     read = [(b, _Reader(b.lines).runs()) for b in blocks if b.text.strip()]
-    if found := _chosen(read, tests, asked):
-        block, runs, run = found
-        if not tests and len(runs) == 1 and len(run.lines) == len(block.lines): return block.text, block.kinds
-        if tests.get('kind') == 'stdio' and any(r.why == 'error' for r in runs): # every line of a program counts
-            return block.text, block.kinds
-        return _written(block, runs, run, [r for _, rs in read for r in rs], asked, known)
-    if tests.get('kind') != 'humaneval': return None
+    every = [r for _, runs in read for r in runs]
+    if found := _chosen(read, tests, asked): return _of_run(*found, tests, every, asked, known)
+    if tests.get('kind') == 'humaneval' and (body := _body_in(read, tests, known)):
+        block, head, runs = body
+        return _written(block, runs, runs[0], runs, asked, known, head)
+    found = asked and _chosen(read, tests, asked, weak=True)
+    return _of_run(*found, tests, every, asked, known) if found else None
+
+def _of_run(block, runs, run, tests, every, asked, known): # (code, kinds)
+    if not tests and len(runs) == 1 and len(run.lines) == len(block.lines): return block.text, block.kinds
+    broken = tests.get('kind') == 'stdio' and any(r.why == 'error' for r in runs) # every line of a program counts
+    return (block.text, block.kinds) if broken else _written(block, runs, run, every, asked, known)
+
+def _body_in(read, tests, known): # (block, lines of the prompt's, runs), or None
     with_return = [(b, r) for b, runs in read for r in runs if any(s.returns for s in r.statements)]
     inner = [_Block(r.lines, (*b.kinds, *r.kinds)) for b, r in with_return]
     blocks = [*(b for b, _ in reversed(read)), *reversed(inner)]
     bodies = [(b, *body) for b in blocks if (body := _as_body(b, tests))]
     complete = [x for x in bodies if x[3][0].statements[0].needs <= known.union(*(r.binds for r in x[3]))]
-    for block, head, kinds, runs in [*complete, *bodies][:1]: # a part of a body, explained, reads what it does not bind
-        return _written(_Block(block.lines, (*block.kinds, *kinds)), runs, runs[0], runs, asked, known, head)
+    for block, head, kinds, runs in [*complete, *bodies]: # a part of a body, explained, reads what it does not bind
+        return _Block(block.lines, (*block.kinds, *kinds)), head, runs
 
 def _written(block, runs, run, every, asked, known, head=0): # (code, kinds) of a run; `head`: the prompt's lines
     at = next(i for i, r in enumerate(every) if r is run)

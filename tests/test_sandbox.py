@@ -1,5 +1,6 @@
 """Programs that mean harm, each with the verdict it must get; afterwards nothing of them is left. With walls (namespaces) and without."""
 import json, os, re, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil, pytest
@@ -47,14 +48,14 @@ HOSTILE = {
     'fills the disk': ('f = open("big", "wb")\nwhile True: f.write(b"x"*10**6)', ADD, {'error', 'killed'}), 'many files': ('for i in range(10**6): open(str(i), "w").close()', ADD, NO), 'prints for ever': ('while True: print("x"*1000)', ADD, {'output'}), 'prints errors for ever': ('import sys\nwhile True: print("x"*1000, file=sys.stderr)', ADD, {'output'}),
     'huge power': ('x = 10**(10**9)', ADD, NO), 'recursion': ('def add(a, b): return add(a, b)', ADD, {'error'}), 'crashes the interpreter': ('import ctypes; ctypes.string_at(0)', ADD, {'killed'}),
     # getting out
-    'kills its parent': ('import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(1)\n' + GOOD, ADD, NO), 'kills everything': ('import os, signal\nos.kill(-1, signal.SIGKILL)\n' + GOOD, ADD, NO), 'kills its group': ('import os, signal\nos.killpg(0, signal.SIGKILL)', ADD, NO), 'kills process 1': ('import os, signal\ntry: os.kill(1, signal.SIGKILL)\nexcept OSError: pass\n' + GOOD, ADD, {'passed', 'killed'}),
+    'kills its parent': ('import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(.2)\n' + GOOD, ADD, NO | {'passed'}), 'kills everything': ('import os, signal\nos.kill(-1, signal.SIGKILL)\n' + GOOD, ADD, NO), 'kills its group': ('import os, signal\nos.killpg(0, signal.SIGKILL)', ADD, NO), 'kills process 1': ('import os, signal\ntry: os.kill(1, signal.SIGKILL)\nexcept OSError: pass\n' + GOOD, ADD, {'passed', 'killed'}),
     'reads the environment': ('import os\nassert not [k for k in os.environ if k not in ("LC_CTYPE",)], os.environ\n' + GOOD, ADD, {'passed'}),
     'puts its own abs into the tests': ('def add(a, b): return 3\ndef abs(x): return 0\ndef tuple(x): return 0', dict(kind='asserts', tests=['assert abs(add(1, 2) - 77) < 1', 'assert tuple([1]) == (1,)']), {'failed'}),
     'puts its own math into the tests': ('class math: isclose = staticmethod(lambda *a: True)\ndef add(a, b): return 7.', dict(kind='asserts', tests=['assert math.isclose(add(1, 2), 3.0)']), {'failed'}),
     'answers eval': (FORGED % r'{"set": ["y", "eval"], "add": ["h", 0, "function"]}\n{"value": ["s", ""], "args": []}\n' + 'def add(a, b): return 1', dict(kind='asserts', tests=['assert set(add(1, 2)) == {4}']), NO),
     'answers a module that exits': (FORGED % r'{"add": ["m", "unittest.__main__"]}\n' + 'def add(a, b): return 1', ADD, NO), 'exits in a test': ('def add(a, b): return range(3)\nclass X:\n    def __iter__(self): raise SystemExit\ndef add(a, b): return X()', dict(kind='asserts', tests=['assert list(add(1, 2)) == [3]']), {'error'}),
     'makes the tests take memory': ('def add(a, b): return range(4*10**8)', dict(kind='asserts', tests=['assert list(add(1, 2)) == [3]']), {'error', 'timeout'}),
-    'nests folders': ('import os\nfor i in range(3000):\n    os.mkdir("d"); os.chdir("d")\n' + GOOD, ADD, {'passed', 'error'}),
+    'nests folders': ('import os\nfor i in range(1500):\n    os.mkdir("d"); os.chdir("d")\n' + GOOD, ADD, {'passed', 'error'}),
     'writes a verdict to every process': ('import os\nfor p in os.listdir("/proc") if os.path.isdir("/proc") else ():\n    for fd in range(1, 30):\n        try: os.write(os.open(f"/proc/{p}/fd/{fd}", 1), b\'\\n{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\\n\')\n        except OSError: pass\ndef add(a, b): return 0', ADD, {'failed'}),
     'leaves a daemon': ('import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        for fd in range(64):\n            try: os.close(fd)\n            except OSError: pass\n        time.sleep(987654)\n    os._exit(0)\n' + GOOD, ADD, {'passed'}),
 }
@@ -66,29 +67,171 @@ WALLED = { # what only walls keep out
     'makes a device': ('import os; os.mknod("d", 0o60666, os.makedev(8, 0)); open("d", "rb").read(1)', {'error'}), 'sends to a host': ('import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b"x", ("10.0.0.1", 53))', {'error'}),
 }
 
-@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
-def test_hostile_programs(walls, request, monkeypatch):
-    # A jail.py and a folder of its own: tests beside this one judge programs, too
-    home = Path(tempfile.mkdtemp(prefix='hostile-'))
+# Programs that leave something for the next one, or change what it gets; each may end as it likes
+LIBC = 'import ctypes, os, time\nlibc = ctypes.CDLL(None)\n'
+DAEMON = 'import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork(): os._exit(0)\n    while True:\n        %s\n'
+LEAVES = {
+    'files': 'for f in ("mark", "/tmp/mark", "/var/tmp/mark", "/dev/shm/mark"):\n    try: open(f, "w").write("x")\n    except OSError: pass',
+    'many files': 'for i in range(3000): open(str(i), "w").close()', 'a full disk': 'f = open("mark", "wb")\nwhile True: f.write(bytes(10**6))',
+    'folders nobody may enter': 'import os\nos.makedirs("mark/a/b"); open("mark/a/f", "w").close()\nos.chmod("mark/a", 0); os.chmod("mark", 0); os.chmod(".", 0)',
+    'its folder renamed': 'import os\nos.rename(os.getcwd(), os.getcwd() + "mark")', 'its folder a link': 'import os\nos.symlink("/", "mark")\nos.rmdir(os.getcwd())',
+    'shared memory': LIBC + 'assert libc.shmget(4242, 4096, 0o1666) >= 0', 'a semaphore': LIBC + 'assert libc.semget(4242, 1, 0o1666) >= 0',
+    'a message queue': LIBC + 'q = libc.msgget(4242, 0o1666); assert q >= 0\nlibc.msgsnd(q, b"1234567890", 2, 0)',
+    'a POSIX queue': LIBC + 'libc.mq_open(b"/mark", 0o102, 0o666, None)', 'a POSIX semaphore': LIBC + 'libc.sem_open(b"/mark", 0o100, 0o666, 1)',
+    'keys': LIBC + 'for ring in (-3, -4, -5): libc.syscall(KEYCTL, b"user", b"mark", b"x", 1, ring)', 'the keys that outlive it': LIBC + 'libc.syscall(KEYCTL, b"user", b"mark", b"x", 1, libc.syscall(KEYCTL + 2, 22, -1, -2))',
+    'a daemon that works': DAEMON % 'pass', 'a daemon that writes': DAEMON % 'open("/tmp/mark", "a").close(); open("mark", "a").close()',
+    'a daemon that prints': DAEMON % 'os.write(1, b"mark"); os.write(2, b"mark"); time.sleep(.001)', 'a daemon that listens': DAEMON % 'import socket; s = socket.socket(socket.AF_UNIX); s.bind("\\0mark"); s.listen(); time.sleep(99)',
+    'a daemon that kills': DAEMON % 'os.kill(-1, 9)', 'a stopped child': 'import os, signal\nif os.fork() == 0: os.kill(os.getpid(), signal.SIGSTOP)', 'orphans': 'import os, time\nfor i in range(12):\n    if os.fork() == 0: time.sleep(99)',
+    'niceness': 'import os\nfor what, who in ((os.PRIO_PROCESS, os.getppid()), (os.PRIO_USER, os.getuid()), (os.PRIO_PGRP, 0), (os.PRIO_PROCESS, 1)):\n    try: os.setpriority(what, who, 19)\n    except OSError: pass',
+    'one core': 'import os\nfor p in (0, 1, os.getppid()):\n    try: os.sched_setaffinity(p, {0}); os.sched_setscheduler(p, os.SCHED_IDLE, os.sched_param(0))\n    except OSError: pass',
+    'limits': 'import os, resource as r\nfor p in (0, 1, os.getppid()):\n    for what in (r.RLIMIT_AS, r.RLIMIT_NOFILE, r.RLIMIT_NPROC, r.RLIMIT_FSIZE, r.RLIMIT_CPU):\n        try: r.prlimit(p, what, (1, 1))\n        except (OSError, ValueError): pass',
+    'signals': 'import os, signal\nfor s in range(1, 60):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 60)); os.umask(0o777)',
+    'signals to its parents': 'import os, signal\nfor p in (1, os.getppid()):\n    for s in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGSTOP):\n        try: os.kill(p, s)\n        except OSError: pass',
+    'changed modules': 'import builtins, json, os, socket, sys\njson.loads = os.fork = socket.recv_fds = builtins.print = builtins.len = None\nsys.modules.clear(); builtins.mark = 1',
+    'what memory holds': 'mark = b"ma" + b"rk"*1000\nkept = [bytearray(mark*100) for _ in range(50)]', 'closed descriptors': 'import os\nos.closerange(0, 1000)', 'open descriptors': 'import os\nfor i in range(50): os.open("/dev/null", 0)',
+    'a terminal': 'import os\nos.setsid()', 'a host name': 'import socket\nsocket.sethostname("mark")', 'a new root': 'import os\nos.chroot("/tmp")', 'no dumps': LIBC + 'libc.prctl(4, 1); libc.ptrace(16, os.getppid(), 0, 0); libc.personality(0x0040000)',
+    'a timer': 'import signal, os\nsignal.setitimer(signal.ITIMER_REAL, .01)\nos.execv("/bin/sleep", ["sleep", "9"])', 'descriptors on their way': 'import socket\na, b = socket.socketpair(socket.AF_UNIX)\nsocket.send_fds(a, [b"x"], [a.fileno(), b.fileno()])',
+}
+# What a program finds; the same whatever ran before it
+PROBE = LIBC + """
+import builtins, json, resource, signal, socket, stat, sys
+mark = 'ma' + 'rk'
+def tried(f, *args):
+    try: return f(*args)
+    except OSError as e: return e.errno
+def alive(p): return tried(os.kill, p, 0) is None
+found = dict(
+    folder=os.listdir('.'), mode=oct(os.stat('.').st_mode), root=os.listdir('/') if WALLS else None, environment=dict(os.environ),
+    files=[f for d in ('/tmp', '/var/tmp', '/dev/shm', '/dev/mqueue') if os.path.isdir(d) for f in os.listdir(d) if WALLS or mark in f],
+    free=os.statvfs('.').f_bavail if WALLS else None, open=[fd for fd in range(100) if tried(os.fstat, fd) != 9],
+    kinds=[stat.S_IFMT(os.fstat(fd).st_mode) for fd in range(3)], limits=[resource.getrlimit(i) for i in range(resource.RLIM_NLIMITS)] if
+        hasattr(resource, 'RLIM_NLIMITS') else [resource.getrlimit(i) for i in range(16)],
+    nice=[os.getpriority(os.PRIO_PROCESS, p) for p in (0, os.getppid())], policy=os.sched_getscheduler(0), cores=sorted(os.sched_getaffinity(0)),
+    signals=[str(tried(signal.getsignal, s)) for s in range(1, 32)], blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    pending=sorted(signal.sigpending()), timer=signal.getitimer(signal.ITIMER_REAL), umask=os.umask(0o77), host=socket.gethostname(),
+    processes=[p for p in range(1, 300) if alive(p)] if WALLS else None, session=os.getsid(0) == os.getpid(),
+    memory=[libc.shmget(4242, 0, 0), libc.semget(4242, 0, 0), libc.msgget(4242, 0), libc.mq_open(b'/mark', 0), libc.syscall(KEYCTL + 2, 10, -4, b'user', b'mark', 0),
+        libc.syscall(KEYCTL + 2, 10, -3, b'user', b'mark', 0), libc.syscall(KEYCTL + 2, 10, libc.syscall(KEYCTL + 2, 22, -1, -2), b'user', b'mark', 0)],
+    modules=sorted(sys.modules), builtins=sorted(dir(builtins)), path=sys.path, flags=[libc.prctl(i, 0, 0, 0, 0) for i in (3, 21, 39, 2)],
+    personality=libc.personality(-1), busy=time.process_time() > .5, root_link=os.readlink('/proc/self/root') if os.path.exists('/proc') else None)
+with socket.socket(socket.AF_UNIX) as s: found['socket'] = tried(s.bind, '\\0' + mark)
+if os.fork() == 0: os._exit(0)
+found['child'] = os.wait()[1]
+print(json.dumps(found))
+"""
+KEYCTL = {'aarch64': 217}.get(os.uname().machine, 248) # add_key; keyctl comes two later
+
+def probe(walls, **kw):
+    r = run_program(PROBE.replace('WALLS', str(walls)).replace('KEYCTL', str(KEYCTL)), walls=walls, timeout=5, memory_mb=256, **kw)
+    assert r.passed and not r.stderr, r
+    return json.loads(r.stdout)
+
+@pytest.fixture
+def own_worker(monkeypatch, request):
+    """A jail.py and a folder of its own, since tests beside this one judge programs, too; afterwards nothing of them is left."""
+    home = Path(tempfile.mkdtemp(prefix='hostile-', dir='/dev/shm' if os.path.isdir('/dev/shm') else None))
     request.addfinalizer(lambda: shutil.rmtree(home))
     jail, temp = home/'jail.py', home/'temp'
     shutil.copy(sandbox._jail(), jail); temp.mkdir(); home.chmod(0o711) # Without walls a program is another user, who must get into its folder
     monkeypatch.setattr(sandbox, '_jail', lambda: str(jail))
     monkeypatch.setattr(tempfile, 'tempdir', str(temp))
     def left(): return {p.pid: p.info['cmdline'] for p in psutil.process_iter(['cmdline']) if str(jail) in (p.info['cmdline'] or ())}
-    start = time.time()
-    wrong = {}
-    for name, (program, tests, right) in HOSTILE.items():
-        r = judge(program, tests, timeout=2, memory_mb=256, walls=walls)
-        if r.status not in right: wrong[name] = r
-        if r.walls != walls and r.walls: wrong[name] = 'walls'
-    assert not wrong, wrong
-    assert len(HOSTILE) + len(WALLED) > 55
-    print(f'{len(HOSTILE)} programs in {time.time()-start:.1f} s')
-    end = time.time() + 5
-    while left() and time.time() < end: time.sleep(.1)
+    def workers(): return [w for (_, _, file), w in sandbox._idle if file == str(jail)]
+    yield workers
+    for w in workers(): w.process.stdin.close() # as when this process ends
+    end = time.time() + 10
+    while left() and time.time() < end: time.sleep(.05)
     assert not left() and not [p for p in psutil.process_iter(['cmdline']) if '987654' in ' '.join(p.info['cmdline'] or ())]
     assert not list(temp.iterdir())
+    sandbox.close_workers()
+
+@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
+def test_hostile_programs(walls, own_worker):
+    """One after another in one worker; after each, the next program finds what the first one found."""
+    first, wrong = probe(walls), {}
+    worker, = own_worker()
+    for name, (program, tests, right) in HOSTILE.items():
+        r = judge(program, tests, timeout=1, memory_mb=256, walls=walls)
+        if r.status not in right: wrong[name] = r
+        if r.walls != walls and r.walls: wrong[name] = 'walls'
+        if (found := probe(walls)) != first: wrong[name] = {k: (v, found[k]) for k, v in first.items() if found[k] != v}
+    for name, program in LEAVES.items():
+        run_program(program.replace('KEYCTL', str(KEYCTL)), walls=walls, timeout=1, memory_mb=256)
+        if (found := probe(walls)) != first: wrong[name] = {k: (v, found[k]) for k, v in first.items() if found[k] != v}
+    assert not wrong, wrong
+    assert len(HOSTILE) + len(WALLED) + len(LEAVES) > 100
+    assert own_worker() == [worker]
+
+def processes_of(worker): # supervisor, worker, fork server
+    found = psutil.Process(worker.process.pid)
+    return [found, *found.children(), *found.children()[0].children()]
+
+def test_a_worker_that_dies_is_replaced(own_worker):
+    """Before a program comes, or while it runs: the program gets its result from the next one."""
+    for walls in (True, False):
+        for which in range(3):
+            assert run_program('', walls=walls).passed
+            worker = own_worker()[-1]
+            processes_of(worker)[which].kill()
+            assert run_program('print(1)', walls=walls).stdout == '1\n' and worker not in own_worker()
+            worker = own_worker()[-1]
+            with ThreadPoolExecutor(1) as pool:
+                result = pool.submit(run_program, 'import time\ntime.sleep(.4)\nprint(2)', walls=walls)
+                time.sleep(.2)
+                processes_of(worker)[which].kill()
+            r = result.result()
+            assert r.stdout == '2\n' or which == 2 and r.error == 'Killed', (walls, which, r) # with the fork server goes the program
+
+def test_a_program_that_ends_its_worker_each_time(own_worker, monkeypatch):
+    monkeypatch.setattr(sandbox.Worker, 'run', lambda self, *a: (self.process.kill(), (_ for _ in ()).throw(sandbox.WorkerGone('no words'))))
+    r = run_program('')
+    assert (r.status, r.error, r.message) == ('killed', 'Killed', 'the worker is gone: no words')
+
+def test_a_test_that_does_not_end(own_worker, monkeypatch):
+    usual = sandbox._limits
+    monkeypatch.setattr(sandbox, '_limits', lambda *a: dict(usual(*a), test_seconds=.1))
+    r = judge(GOOD, dict(kind='asserts', tests=['while True: pass']), timeout=.2)
+    assert (r.status, r.error, r.message) == ('timeout', 'TimeoutError', 'a test did not end')
+    assert judge(GOOD, ADD).passed and len(own_worker()) == 1
+
+def test_a_forked_process_has_workers_of_its_own(own_worker):
+    assert run_program('print(1)').passed
+    worker, = own_worker()
+    if (pid := os.fork()) == 0:
+        try: os._exit(not (not own_worker() and run_program('print(2)').stdout == '2\n' and own_worker() != [worker]))
+        finally: os._exit(9)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert run_program('print(3)').stdout == '3\n' and own_worker() == [worker]
+
+USER = """
+import sys, tempfile
+from weighted_mtp import sandbox
+jail, tempfile.tempdir = sys.argv[1:]
+sandbox._jail = lambda: jail
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(2) as pool:
+    for walls in (True, False): print(sandbox.run_program('', walls=walls).status, flush=True)
+    for walls in (True, False): pool.submit(sandbox.run_program, 'import os, time\\nos.fork()\\nopen("f", "w").close()\\ntime.sleep(99)', walls=walls)
+"""
+
+def test_workers_end_with_a_parent_that_is_killed(own_worker):
+    """The fixture looks for what is left."""
+    p = subprocess.Popen([sys.executable, '-c', USER, sandbox._jail(), tempfile.tempdir], stdout=subprocess.PIPE, text=True)
+    assert [p.stdout.readline() for _ in range(2)] == ['passed\n']*2
+    time.sleep(.3)
+    running = [q for w in psutil.Process(p.pid).children() for q in w.children(recursive=True)]
+    assert len(running) > 8 # with two programs of two processes each
+    p.kill(); p.wait(); p.stdout.close()
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may look into a worker's memory")
+def test_no_test_is_in_the_memory_that_programs_are_forked_from(own_worker):
+    secret = 'never to be' + ' seen'
+    for _ in range(3): assert judge(GOOD, dict(kind='asserts', tests=[f'assert add("{secret}", "") == "{secret}"'])).passed
+    def has(process):
+        with open(f'/proc/{process.pid}/maps') as f: ranges = [l.split()[0].split('-') for l in f if ' rw' in l]
+        with open(f'/proc/{process.pid}/mem', 'rb', 0) as f: return any(secret.encode() in (f.seek(int(a, 16)), f.read(int(b, 16) - int(a, 16)))[1] for a, b in ranges)
+    _, worker, fork_server = processes_of(own_worker()[0])
+    assert has(worker) and not has(fork_server)
 
 RIGHT = { # right programs that are not as simple as they could be, with tests
     'long output': ('for i in range(20000): print(i)', dict(kind='stdio', tests=[['', ''.join(f'{i}\n' for i in range(20000))]])),

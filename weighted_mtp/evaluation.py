@@ -127,7 +127,8 @@ def _as_written(p, texts, codes, verdicts, packages=()):
 
 def _not_tried(p, sample, why): # row of an answer to a prompt that is too long
     return dict(problem_id=p['problem_id'], sample=sample, completion='', text='', status='error', message=why,
-                error='PromptTooLong', test=0, reason='no room', tokens=0, passes=0, seconds=0., kinds=[], as_written='error')
+                error='PromptTooLong', test=0, reason='no room', tokens=0, passes=0, seconds=0.,
+                kinds=['not tried'], as_written='error')
 
 def _answered(model, tokenizer, p, samples, seed, packages, **how): # rows of one problem
     start = time.monotonic()
@@ -137,8 +138,9 @@ def _answered(model, tokenizer, p, samples, seed, packages, **how): # rows of on
     texts = [g.text for g in made]
     codes, verdicts = [_code_in(p, t) for t in texts], _verdicts([p]*samples, texts, packages)
     written = _as_written(p, texts, [code for code, _ in codes], verdicts, packages)
-    return [dict(names, sample=i, completion=codes[i][0], text=g.text, status=v.status, message=v.message, reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=took/samples,
-                 kinds=list(codes[i][1]), as_written=written[i], error=v.error, test=v.test)
+    return [dict(names, sample=i, completion=codes[i][0], text=g.text, status=v.status, message=v.message,
+                 error=v.error, test=v.test, reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=took/samples,
+                 kinds=list(codes[i][1]), as_written=written[i])
             for i, (g, v) in enumerate(zip(made, verdicts))]
 
 # %% ../nbs/10_evaluation.ipynb #4d596adc
@@ -236,7 +238,7 @@ def summary(
     tokens, passes = sum(r['tokens'] + (r['reason'] == 'eos') for r in rows), sum(r['passes'] for r in rows) # the end is a token, too
     return out | dict(verdicts=dict(Counter(r['status'] for r in rows).most_common()), cut_off=sum(r['reason'] == 'length' for r in rows), no_room=sum(r['reason'] == 'no room' for r in rows), tokens_per_pass=tokens/max(1, passes), tokens_per_second=tokens/max(1e-9, sum(r['seconds'] for r in rows)))
 
-def _findings(problems): # pass@1 of the texts as they stand, and how many needed what; nothing for rows of before there was such a count
+def _findings(problems): # pass@1 of the texts as they stand, and how many needed what; nothing for older rows
     rows = [r for p in problems for r in p]
     if not all('kinds' in r and 'as_written' in r for r in rows): return {}
     values = [pass_at_k(len(p), sum(r['as_written'] == 'passed' for r in p), 1) for p in problems]
@@ -255,7 +257,8 @@ def in_words(
 def _findings_in_words(found): # nothing where all texts were programs
     kinds = [f'{n} {kind}' for kind, n in found.get('found', {}).items()]
     if set(found.get('found', ())) <= {'as written'}: return ''
-    return f"\n  the code in the answers: {', '.join(kinds)}; pass@1 of the answers as written {100*found['pass@1_as_written']:.1f} %"
+    as_written = f"pass@1 of the answers as written {100*found['pass@1_as_written']:.1f} %"
+    return f"\n  the code in the answers: {', '.join(kinds)}; {as_written}"
 
 def _ks(found): return [int(k.removeprefix('pass@')) for k in found if re.fullmatch(r'pass@\d+', k)]
 

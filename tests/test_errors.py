@@ -106,9 +106,10 @@ def test_references_may_import_packages(tmp_path):
     folder.mkdir()
     (folder/'test.problems.jsonl').write_text(json.dumps(problem(0)))
     row = dict(instruction='0', input='', output=NUMPY, problem_id='p0', is_correct=True, difficulty=1, source='')
-    (folder/'test.jsonl').write_text(json.dumps(row))
-    counts = [judge_references('mine', tmp_path, progress=False, packages=p)['passed'] for p in ((), ('numpy',))]
-    assert counts == [0, 1]
+    untested = dict(row, problem_id='p7') # its problem has no tests, so that nothing can be said of it
+    (folder/'test.jsonl').write_text(json.dumps(row) + '\n' + json.dumps(untested))
+    found = [judge_references('mine', tmp_path, progress=False, packages=p) for p in ((), ('numpy',))]
+    assert [(r['solutions'], r['passed']) for r in found] == [(1, 0), (1, 1)]
 
 def test_rows_of_older_evaluations(tmp_path, answers):
     """Without the fields they are kept, and counted as far as they say why; damaged rows are made anew."""

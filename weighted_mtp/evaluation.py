@@ -275,7 +275,10 @@ def judge_references(
         problems = {p['problem_id']: p for p in load_benchmark(str(file))}
         solved = file.with_name(file.name.replace('.problems', ''))
         rows = read_solutions(solved) if solved.stat().st_size else [] # a split whose problems nobody solved
-        jobs += [(problems[r['problem_id']], r['output']) for r in rows if r['is_correct']]
+        right = [r for r in rows if r['is_correct']]
+        known = [r for r in right if str(r['problem_id']) in problems]
+        if others := len(right) - len(known): print(f"{solved}: {others} solutions of problems without tests are left out.", flush=True)
+        jobs += [(problems[str(r['problem_id'])], r['output']) for r in known]
     if not jobs: raise UserError(f"{folder} holds no problems. Get them with: wmtp-setup data {name}")
     def run(texts): # one `Result` a solution
         if jobs[0][0]['tests']['kind'] == 'answer': return _verdicts([p for p, _ in jobs], texts)

@@ -209,6 +209,7 @@ class Evaluation:
     max_new_tokens: int = 512
     limit: int|None = None # Only the first problems (null: all)
     self_speculative: bool = True # Draft with the policy's own heads, where it has several
+    packages: list[str] = field(default_factory=list) # Packages that programs may import, such as [numpy]
 
 @dataclass
 class Fsdp:

@@ -183,7 +183,7 @@ def picture_of_pair(
     rows = read_solutions(path)
     first = {}
     for r in rows:
-        if r.get('twin') is not None and r.get('mutation'): first.setdefault(r['problem_id'], r)
+        if r.get('twin') in range(len(rows)) and r.get('mutation'): first.setdefault(r['problem_id'], r)
     if not first: return ''
     wrong = list(first.values())[which % len(first)]
     a, b = encode_solutions([wrong, rows[wrong['twin']]], tokenizer, max_length)

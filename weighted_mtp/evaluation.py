@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 
 from .answers import answer_of, extract_code, find_code, parses, whole_program
 from .config import UserError, nearest, project_root, read_json, write_text
-from .data import format_prompt, stored_tokenizer, vocabulary_id
+from .data import format_prompt, read_solutions, stored_tokenizer, vocabulary_id
+from .errors import error_metrics, error_summary, errors_in_words
 from .generation import NoRoom, generate
+from .jsonl import check_file, read_jsonl
 from .models import load_policy, read_checkpoint
-from .sandbox import Result, judge_many, protections
+from .sandbox import Result, check_packages, judge_many, protections
 from .training import is_main, print_metrics, record_dir, tracked_run
 
 # %% ../nbs/10_evaluation.ipynb #40651612
@@ -52,7 +54,8 @@ _NEEDS = {'asserts': dict(tests=list), 'stdio': dict(tests=list), 'humaneval': d
 
 def _wrong_tests(p): # what is wrong with a problem, or None
     t = p['tests']
-    if not isinstance(p['problem_id'], str) or not isinstance(p['instruction'], str): return 'problem_id and instruction have to be text'
+    texts = (p['problem_id'], p['instruction'], p.get('input') or '')
+    if not all(isinstance(x, str) for x in texts): return 'problem_id, instruction and input have to be text'
     if not isinstance(t, dict) or t.get('kind') not in _NEEDS: return f"tests have to be of one of the kinds {', '.join(_NEEDS)}" + (f", not {t['kind']!r}" if isinstance(t, dict) and 'kind' in t else '')
     if bad := next((k for k, kind in _NEEDS[t['kind']].items() if not isinstance(t.get(k), kind)), None): return f"tests.{bad} is {'missing' if bad not in t else 'of the wrong type'}"
     if t['kind'] == 'answer' and _number(t['answer']) is None: return f"tests.answer = {t['answer']!r} is no number"
@@ -60,8 +63,20 @@ def _wrong_tests(p): # what is wrong with a problem, or None
     if not all(map(inner, t.get('tests', ()))): return f"tests.tests has to hold {'statements' if t['kind'] == 'asserts' else 'pairs of input and output'}"
 
 def _number(text): # None where it is none, such as 1.2.3
-    try: return float(text)
-    except (TypeError, ValueError): return None
+    try: x = float(text)
+    except (TypeError, ValueError, OverflowError): return None
+    return x if math.isfinite(x) else None
+
+def _problem_file(name, root, split):
+    if name.endswith(('.jsonl', '.jsonl.gz', '.json')): return check_file(name)
+    file = Path(root)/name/f'{split}.problems.jsonl'
+    if found := next((f for f in (file, file.with_name(file.name + '.gz')) if f.is_file()), None): return found
+    if name in BENCHMARKS: raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")
+    raise UserError(f"Unknown benchmark '{name}'.{nearest(name, BENCHMARKS)} There are {', '.join(BENCHMARKS)}, "
+                    "or a file of problems (.jsonl, .jsonl.gz).")
+
+def _label(name): # what a benchmark is called: of a file, its name without endings
+    return Path(name).name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.problems')
 
 def load_benchmark(
     name:str, # One of `BENCHMARKS`, or a file of problems
@@ -69,15 +84,9 @@ def load_benchmark(
     split:str='test',
 )->list[dict]: # problem_id, instruction, input, tests
     "Read a benchmark's problems. Raises `UserError` naming file and line."
-    file = Path(name) if name.endswith('.jsonl') else Path(root)/name/f'{split}.problems.jsonl'
-    if not file.is_file():
-        if name not in BENCHMARKS: raise UserError(f"Unknown benchmark '{name}'.{nearest(name, BENCHMARKS)} There are {', '.join(BENCHMARKS)}, or a .jsonl file of problems.")
-        raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")
-    out, seen = [], {}
-    for i, line in enumerate(open(file, 'rb'), 1):
-        try: p = json.loads(line)
-        except ValueError as e: raise UserError(f"{file}, line {i}: not valid JSON ({e}).") from None
-        missing = [k for k in ('problem_id', 'instruction', 'tests') if not isinstance(p, dict) or k not in p]
+    file, out, seen = _problem_file(name, root, split), [], {}
+    for i, p in read_jsonl(file):
+        missing = [k for k in ('problem_id', 'instruction', 'tests') if k not in p]
         if missing: raise UserError(f"{file}, line {i}: field '{missing[0]}' is missing.")
         if wrong := _wrong_tests(p): raise UserError(f"{file}, line {i}: {wrong}.")
         if p['problem_id'] in seen: raise UserError(f"{file}, line {i}: problem_id {p['problem_id']!r} was there before, in line {seen[p['problem_id']]}.")
@@ -90,38 +99,47 @@ def load_benchmark(
 # %% ../nbs/10_evaluation.ipynb #31a628d8
 def _seed(seed, problem_id): return int(hashlib.sha256(f'{seed} {problem_id}'.encode()).hexdigest()[:8], 16)
 
-def _verdicts(problems, texts): # one `Result` an answer
+def _verdicts(problems, texts, packages=()): # one `Result` an answer
     jobs, where, out = [], [], [None]*len(texts)
     for i, (p, text) in enumerate(zip(problems, texts)):
-        if p['tests']['kind'] == 'answer': out[i] = Result('passed' if _number(answer_of(text)) == float(p['tests']['answer']) else 'failed')
+        if p['tests']['kind'] == 'answer': out[i] = _answer_verdict(text, p['tests'])
         else: jobs.append((whole_program(extract_code(text, p['tests']), p['tests']), p['tests'])); where.append(i)
-    for i, r in zip(where, judge_many(jobs)): out[i] = r
+    for i, r in zip(where, judge_many(jobs, packages=packages)): out[i] = r
     return out
+
+def _answer_verdict(text, tests):
+    given = answer_of(text)
+    if _number(given) == float(tests['answer']): return Result('passed')
+    return Result('failed', message=f'{given or "no number"} instead of {tests["answer"]}', error='WrongAnswer', test=1)
 
 def _code_in(p, text): # (code, what it took to find it)
     return (text, ()) if p['tests']['kind'] == 'answer' else find_code(text, p['tests'])
 
-def _as_written(p, texts, codes, verdicts): # status of each text as it stands, run only where it is not the code found
+# Status of each text, run as it stands; only what differs from the code found is run
+def _as_written(p, texts, codes, verdicts, packages=()):
     status, tests = [v.status for v in verdicts], p['tests']
     if tests['kind'] == 'answer': return status
     other = {i: whole_program(t, tests) for i, (t, c) in enumerate(zip(texts, codes)) if t != c}
     runnable = {i: program for i, program in other.items() if parses(program)}
-    results = dict(zip(runnable, judge_many([(program, tests) for program in runnable.values()])))
+    found = judge_many([(program, tests) for program in runnable.values()], packages=packages)
+    results = dict(zip(runnable, found))
     return [s if i not in other else results[i].status if i in results else 'error' for i, s in enumerate(status)]
 
-def _answered(model, tokenizer, p, samples, seed, **how): # rows of one problem
+def _not_tried(p, sample, why): # row of an answer to a prompt that is too long
+    return dict(problem_id=p['problem_id'], sample=sample, completion='', text='', status='error', message=why,
+                error='PromptTooLong', test=0, reason='no room', tokens=0, passes=0, seconds=0.,
+                kinds=['not tried'], as_written='error')
+
+def _answered(model, tokenizer, p, samples, seed, packages, **how): # rows of one problem
     start = time.monotonic()
     try: made = generate(model, tokenizer, [format_prompt(p['instruction'], p.get('input') or '')]*samples, seed=_seed(seed, p['problem_id']), **how)
-    except NoRoom as e:
-        row = dict(problem_id=p['problem_id'], completion='', text='', status='error', message=str(e), reason='no room')
-        row |= dict(tokens=0, passes=0, seconds=0., kinds=['not tried'], as_written='error')
-        return [dict(row, sample=i) for i in range(samples)]
+    except NoRoom as e: return [_not_tried(p, i, str(e)) for i in range(samples)]
     took, names = time.monotonic() - start, dict(problem_id=p['problem_id'], **({'task_id': p['problem_id']} if p['tests']['kind'] == 'humaneval' else {}))
     texts = [g.text for g in made]
-    codes, verdicts = [_code_in(p, t) for t in texts], _verdicts([p]*samples, texts)
-    written = _as_written(p, texts, [code for code, _ in codes], verdicts)
+    codes, verdicts = [_code_in(p, t) for t in texts], _verdicts([p]*samples, texts, packages)
+    written = _as_written(p, texts, [code for code, _ in codes], verdicts, packages)
     return [dict(names, sample=i, completion=codes[i][0], text=g.text, status=v.status, message=v.message,
-                 reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=took/samples,
+                 error=v.error, test=v.test, reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=took/samples,
                  kinds=list(codes[i][1]), as_written=written[i])
             for i, (g, v) in enumerate(zip(made, verdicts))]
 
@@ -133,9 +151,10 @@ class _Kept:
     def __init__(self, file, samples, rank):
         self.file, self.rank, self.rows = file, rank, {}
         for f in [file, *sorted(file.parent.glob(f'{file.name}.part*'))] if file else []:
-            for line in open(f, encoding='utf-8') if f.is_file() else []:
+            for line in open(f, encoding='utf-8', errors='replace') if f.is_file() else []:
                 try: r = json.loads(line)
                 except ValueError: continue # cut off while it was written
+                if not isinstance(r, dict) or not {'problem_id', 'sample', 'status'} <= r.keys(): continue # likewise
                 self.rows.setdefault(r['problem_id'], {})[r['sample']] = r
         self.rows = {k: list(v.values()) for k, v in self.rows.items() if len(v) == samples}
     def put(self, rows):
@@ -165,23 +184,26 @@ def evaluate(
     root='storage/datasets',
     progress=True, # A bar; or a function to be told how many problems are done, and of how many
     name:str='', # What to call the benchmark (default: its own name)
+    packages=(), # Names of packages that programs may import, such as numpy
 )->dict: # pass@k with intervals, counts, speed; and `file`, where the samples are
     "Evaluate a model; under torchrun each process takes a share. Raises `UserError` for a benchmark or k that cannot be used."
     name, problems = (name or benchmark, load_benchmark(benchmark, root)) if isinstance(benchmark, str) else (name or 'problems', benchmark)
-    name, samples, state = Path(name).name.removesuffix('.jsonl').removesuffix('.problems'), max(ks, default=1) if samples is None else samples, PartialState()
+    name, samples, state = _label(name), max(ks, default=1) if samples is None else samples, PartialState()
     if min(ks, default=0) < 1: raise UserError(f"k of pass@k has to be at least 1, not {', '.join(map(str, ks)) or 'missing'}.")
     if max(ks) > samples: raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples a problem, not {samples}.")
     for what, x, fine in (('max_new_tokens', max_new_tokens, max_new_tokens >= 1), ('temperature', temperature, temperature is None or temperature >= 0), ('top_p', top_p, 0 < top_p <= 1), ('limit', limit, limit is None or limit >= 1)):
         if not fine: raise UserError(f"{what} = {x} is not possible.")
     how = dict(temperature=(0. if samples == 1 else .8) if temperature is None else temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=list(stop), self_speculative=self_speculative)
     settings = dict(benchmark=name, problems=hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12], of=of, tokenizer=vocabulary_id(tokenizer), samples=samples, seed=seed, **how)
+    packages = check_packages(packages)
+    if packages: settings['packages'] = sorted(packages) # no key without any: rows of before the setting are kept
     if folder: Path(folder).mkdir(parents=True, exist_ok=True)
     kept = _Kept(Path(folder)/f'{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl' if folder else None, samples, state.process_index)
     state.wait_for_everyone() # all have read
     total, problems = len(problems), problems[:limit]
     wanted = [p for p in problems if p['problem_id'] not in kept.rows]
     if state.is_main_process: print(f"{name}: {len(problems)} of {total} problems, {samples} sample{'s' if samples > 1 else ''} each, temperature {how['temperature']:g}" + (f"; {len(problems) - len(wanted)} problems are done already" if len(wanted) < len(problems) else ''), flush=True)
-    rows = _share(model, tokenizer, wanted, samples, seed, how, kept, state, name, progress)
+    rows = _share(model, tokenizer, wanted, samples, seed, how, kept, state, name, progress, packages)
     every = kept.rows | {r[0]['problem_id']: r for r in gather_object(rows)}
     rows = [r for p in problems for r in every[p['problem_id']]]
     out = dict(summary(rows, ks, name), settings=settings, file=str(kept.file) if folder else None)
@@ -189,10 +211,11 @@ def evaluate(
     if state.is_main_process: kept.finish(rows + [r for k, p in every.items() if k not in asked for r in p], out)
     return out
 
-def _share(model, tokenizer, wanted, samples, seed, how, kept, state, name, progress): # of this process: [rows of a problem]
+# Of this process: [rows of a problem]
+def _share(model, tokenizer, wanted, samples, seed, how, kept, state, name, progress, packages):
     out, mine, n = [], wanted[state.process_index::state.num_processes], len(wanted)
     for i, p in enumerate(tqdm(mine, desc=name, unit='problem', mininterval=1, disable=progress is not True or not state.is_main_process), 1):
-        out.append(_answered(model, tokenizer, p, samples, seed, **how))
+        out.append(_answered(model, tokenizer, p, samples, seed, packages, **how))
         kept.put(out[-1])
         if callable(progress): progress(min(i*state.num_processes, n), n)
     return out
@@ -211,7 +234,7 @@ def summary(
     for k in ks:
         values = [pass_at_k(len(v), sum(r['status'] == 'passed' for r in v), k) for v in by.values()]
         out |= {f'pass@{k}': float(np.mean(values)), f'pass@{k}_interval': interval(values)}
-    out |= _findings(by.values())
+    out |= _findings(by.values()) | error_summary(rows)
     tokens, passes = sum(r['tokens'] + (r['reason'] == 'eos') for r in rows), sum(r['passes'] for r in rows) # the end is a token, too
     return out | dict(verdicts=dict(Counter(r['status'] for r in rows).most_common()), cut_off=sum(r['reason'] == 'length' for r in rows), no_room=sum(r['reason'] == 'no room' for r in rows), tokens_per_pass=tokens/max(1, passes), tokens_per_second=tokens/max(1e-9, sum(r['seconds'] for r in rows)))
 
@@ -229,7 +252,7 @@ def in_words(
     scores = '  '.join(f"pass@{k} {100*found[f'pass@{k}']:.1f} % [{100*low:.1f}, {100*high:.1f}]" for k in _ks(found) for low, high in [found[f'pass@{k}_interval']])
     return (f"{found['benchmark']}: {scores}  ({found['problems']} problems, {found['samples']} sample{'s' if found['samples'] > 1 else ''} each; 95 % intervals over problems)\n"
             f"  {', '.join(f'{n} {v}' for v, n in found['verdicts'].items())}; {found['cut_off']} cut off at max_new_tokens; " + (f"{found['no_room']} not tried, their prompts are longer than the model has room for; " if found['no_room'] else '') + f"{found['tokens_per_pass']:.2f} tokens a pass, {found['tokens_per_second']:.0f} tokens/s"
-            + _findings_in_words(found))
+            + errors_in_words(found) + _findings_in_words(found))
 
 def _findings_in_words(found): # nothing where all texts were programs
     kinds = [f'{n} {kind}' for kind, n in found.get('found', {}).items()]
@@ -244,15 +267,24 @@ def judge_references(
     name:str, # Of a data set made by `wmtp-setup data` or `make_dataset`
     root='storage/datasets',
     progress:bool=True,
+    packages=(), # Names of packages that programs may import
 )->dict: # solutions, passed, empty_passed, seconds
     "Judge the correct solutions of all splits, and as many empty answers."
     folder, jobs, start = Path(root)/name, [], time.monotonic()
     for file in sorted(folder.glob('*.problems.jsonl')):
         problems = {p['problem_id']: p for p in load_benchmark(str(file))}
-        with open(file.with_name(file.name.replace('.problems', '')), encoding='utf-8') as f: jobs += [(problems[r['problem_id']], r['output']) for r in map(json.loads, f) if r['is_correct']]
+        solved = file.with_name(file.name.replace('.problems', ''))
+        rows = read_solutions(solved) if solved.stat().st_size else [] # a split whose problems nobody solved
+        right = [r for r in rows if r['is_correct']]
+        known = [r for r in right if str(r['problem_id']) in problems]
+        if others := len(right) - len(known): print(f"{solved}: {others} solutions of problems without tests are left out.", flush=True)
+        jobs += [(problems[str(r['problem_id'])], r['output']) for r in known]
     if not jobs: raise UserError(f"{folder} holds no problems. Get them with: wmtp-setup data {name}")
-    if jobs[0][0]['tests']['kind'] == 'answer': passed = [_verdicts([p for p, _ in jobs], [t for _, t in jobs]), _verdicts([p for p, _ in jobs], ['']*len(jobs))]
-    else: passed = [judge_many([(whole_program(text if k else '', p['tests']), p['tests']) for p, text in jobs], progress=progress) for k in (True, False)]
+    def run(texts): # one `Result` a solution
+        if jobs[0][0]['tests']['kind'] == 'answer': return _verdicts([p for p, _ in jobs], texts)
+        programs = [(whole_program(text, p['tests']), p['tests']) for (p, _), text in zip(jobs, texts)]
+        return judge_many(programs, progress=progress, packages=packages)
+    passed = [run([text for _, text in jobs]), run(['']*len(jobs))]
     good, empty = (sum(r.passed for r in p) for p in passed)
     return dict(benchmark=name, solutions=len(jobs), passed=good, empty_passed=empty, failed=[(p['problem_id'], r.status, r.message) for (p, _), r in zip(jobs, passed[0]) if not r.passed], seconds=time.monotonic() - start)
 
@@ -307,6 +339,7 @@ def metrics_of(
     for k in _ks(found):
         low, high = found[f'pass@{k}_interval']
         out |= {f'pass_at_{k}': found[f'pass@{k}'], f'pass_at_{k}_low': low, f'pass_at_{k}_high': high}
+    out |= error_metrics(found)
     if 'pass@1_as_written' in found: out['pass_at_1_as_written'] = found['pass@1_as_written']
     return {f"{found['benchmark']}/{k}": float(v) for k, v in out.items()}
 
@@ -323,6 +356,7 @@ def run_evaluation(
     "Judge a checkpoint by benchmarks."
     e = config.evaluation
     if not e.checkpoint: raise UserError("evaluation.checkpoint is empty: give the checkpoint to judge.")
+    check_packages(list(e.packages))
     problems = {name: load_benchmark(_benchmark(name, config)) for name in e.benchmarks} # a slip in the last name shows before the first is run
     model, tokenizer = load_judged(e.checkpoint, e.tokenizer)
     if is_main(): print('sandbox: ' + '; '.join(f"{k}: {v or 'NOT PROTECTED'}" for k, v in protections().items()), flush=True)
@@ -332,7 +366,8 @@ def run_evaluation(
         start, of, result['evaluations'], result['judged'] = time.monotonic(), checkpoint_id(e.checkpoint), {}, dict(checkpoint=str(e.checkpoint), mlflow_run_id=parent)
         for name in e.benchmarks:
             found = evaluate(model, tokenizer, problems[name], list(e.ks), e.samples, e.temperature, e.top_p, e.max_new_tokens, limit=e.limit, folder=config.checkpoint.save_dir, of=of,
-                             seed=config.training.seed, self_speculative=e.self_speculative, progress=_told(name), name=name)
+                             seed=config.training.seed, self_speculative=e.self_speculative, progress=_told(name),
+                             name=name, packages=list(e.packages))
             print(in_words(found), flush=True)
             result['evaluations'][found['benchmark']] = found
             result['metrics'] |= metrics_of(found)
@@ -356,6 +391,8 @@ def _options():
     p.add_argument('--limit', type=int, metavar='N', help='only the first problems (default: all)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of sampling (default: 0)')
     p.add_argument('--tokenizer', metavar='FOLDER', help="default: the checkpoint's own")
+    p.add_argument('--packages', default='', metavar='NAMES',
+                   help='packages that programs may import, such as numpy,pandas (default: none)')
     p.add_argument('--plain', action='store_true', help='one token a pass: do not draft with the heads of a multi-token policy')
     p.add_argument('--folder', metavar='FOLDER', help='where samples and verdicts are kept (default: `evaluation` beside the checkpoint)')
     p.add_argument('--storage', metavar='FOLDER', help="default: the project's storage")
@@ -366,14 +403,16 @@ def _evaluate(a):
     try: ks = sorted({int(k) for k in a.k.split(',')})
     except ValueError: raise UserError(f"--k {a.k}: whole numbers by commas, such as 1,5,10.") from None
     if not names: raise UserError(f"--benchmark {a.benchmark!r} names none: give some of {', '.join(BENCHMARKS)}, by commas.")
+    packages = check_packages([n.strip() for n in a.packages.split(',') if n.strip()])
     print('sandbox: ' + '; '.join(f"{k}: {v or 'NOT PROTECTED'}" for k, v in protections().items()), flush=True)
-    if a.checkpoint == 'references': return sum([_print_references(judge_references(n, root)) for n in names])
+    if a.checkpoint == 'references':
+        return sum([_print_references(judge_references(n, root, packages=packages)) for n in names])
     problems = {n: load_benchmark(n, root) for n in names}
     model, tokenizer = load_judged(a.checkpoint, a.tokenizer)
     at, of = Path(a.checkpoint), checkpoint_id(a.checkpoint)
     for n in names:
         found = evaluate(model, tokenizer, problems[n], ks, a.samples, a.temperature, a.top_p, a.max_new_tokens, limit=a.limit, folder=a.folder or (at if at.is_dir() else at.parent)/'evaluation', of=of,
-                         seed=a.seed, self_speculative=not a.plain, name=n)
+                         seed=a.seed, self_speculative=not a.plain, name=n, packages=packages)
         print(f"{in_words(found)}\n  samples and verdicts: {found['file']}", flush=True)
     return 0
 

@@ -269,6 +269,7 @@ AROUND = [
     lambda c, draft: f'<reasoning>\n{draft}</reasoning>\n<answer>\n{c}</answer>',
     lambda c, draft: f'<think>\nMaybe\n```python\n{draft}```\nno.\n</think>\n\n```python\n{c}```\n',
     lambda c, draft: f'Let us try\n{draft}\nno.\n</think>\n{c}',
+    lambda c, draft: f'{c}\n<think>or\n```python\n{draft}```\n?</think>\n',
     lambda c, draft: f'First:\n```python\n{draft}```\nBut it fails. Better:\n```python\n{c}```\n',
     lambda c, draft: f'{c.rstrip()}<|im_end|>\n<|im_start|>user\nThen?\n{draft}',
     lambda c, draft: f'{c}\n\ndef next_one(a):\n    """ Does',

@@ -443,7 +443,6 @@ class Player:
     "One run of the program, seen from the test runner."
     def __init__(self, channel, limits, stdin=b'', calls=False, keep=None): # `keep`: bytes of standard output
         self.channel, self.limits, self.code, self.start, self.ended = channel, limits, None, time.monotonic(), None
-        self.lost = False
         file = os.memfd_create('stdin'); os.write(file, stdin) if stdin else None; os.lseek(file, 0, 0)
         pipes = [os.pipe() for _ in range(3)]
         self.files = [r for r, _ in pipes] # output, errors and the report of what ended it, as far as they are open
@@ -477,8 +476,7 @@ class Player:
             if len(self.said) > 1 << 26: raise self.stop('output', 'an answer of more than 64 MB', 'OutputLimit')
         if self.channel in ready:
             word = self.channel.recv(16)
-            self.lost = not word # the init process is gone
-            self.code = -9 if self.lost else struct.unpack('i', word)[0]
+            self.code = struct.unpack('i', word)[0] if word else -9 # the init process is gone: a program may lower its limits
             self._drain()
 
     def _take(self, fd):
@@ -712,12 +710,10 @@ def test_runner(channel, job, uid): # in a process of its own; says the verdict,
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory)) # tests copy what the program returns
     runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
     signal.setitimer(signal.ITIMER_REAL, limits['seconds']*runs + limits['test_seconds']) # a test may loop, too
-    start = time.monotonic()
     verdict = dict(status='broken', message='no process for the program')
     if channel.recv(16) == b'ready':
-        ended, player = _judge(channel, limits, tests)
-        lost = limits['walls'] and player and player.lost # by nothing that a program can do
-        if not lost: verdict = _verdict(ended, player, limits, start)
+        start = time.monotonic()
+        verdict = _verdict(*_judge(channel, limits, tests), limits, start)
     _say(token=job['token'], **verdict)
 
 def _descendants(): # of this process, which all orphans come back to

@@ -387,6 +387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'weighted_mtp.generation.generate': ('generation.html#generate', 'weighted_mtp/generation.py')},
             'weighted_mtp.jail': { 'weighted_mtp.jail.Ended': ('jail.html#ended', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Ended.__init__': ('jail.html#ended.__init__', 'weighted_mtp/jail.py'),
+                                   'weighted_mtp.jail.NoPackage': ('jail.html#nopackage', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.NoWalls': ('jail.html#nowalls', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Odd': ('jail.html#odd', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Odd.__bool__': ('jail.html#odd.__bool__', 'weighted_mtp/jail.py'),

@@ -7,8 +7,8 @@ __all__ = ['check_packages', 'Result', 'WorkerGone', 'Worker', 'NoWalls', 'close
            'judge_many']
 
 # %% ../nbs/06_sandbox.ipynb #e8cbd0f3
-import atexit, importlib.metadata, importlib.util, json, os, secrets, select, struct, subprocess, sys, tempfile, threading
-import time
+import atexit, importlib.metadata, importlib.util, json, os, secrets, select, struct, subprocess, sys, tempfile
+import threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,7 +42,8 @@ def _spec(name): # None where it cannot be found
     except (ImportError, ValueError): return None
 
 def _not_installed(name):
-    own = next((k for k, v in _distributions().items() if name in v and k.isidentifier()), None) # scikit-learn is imported as sklearn
+    # scikit-learn is imported as sklearn
+    own = next((k for k, v in _distributions().items() if name in v and k.isidentifier()), None)
     hint = f" Did you mean '{own}'?" if own else nearest(name, _distributions())
     return UserError(f"Package '{name}' is not installed here, so programs cannot import it.{hint} "
                      f"Install it into {sys.prefix}, or take it out of the packages. Names are those of `import`.")
@@ -68,7 +69,8 @@ def _package_files(packages): # names; name -> folder in which it is found; what
         folders[name] = str(Path(at[0]).parent); paths += at # wherever it is, such as in a working tree
         for path in map(Path, (p for d in found.values() for p in _top_level(d) if os.path.exists(p))):
             paths.append(str(path))
-            if (own := path.name.partition('.')[0]).isidentifier() and path.suffix != '.libs': folders.setdefault(own, str(path.parent))
+            own = path.name.partition('.')[0]
+            if own.isidentifier() and path.suffix != '.libs': folders.setdefault(own, str(path.parent))
     return dict(names=packages, folders=folders, paths=[*dict.fromkeys(paths)])
 
 # %% ../nbs/06_sandbox.ipynb #4070ad34
@@ -88,9 +90,12 @@ class Result:
 # %% ../nbs/06_sandbox.ipynb #e1a93c57
 def _limits(timeout, memory_mb):
     # test_seconds: what tests may take for themselves
-    return dict(seconds=timeout, memory_mb=memory_mb, disk_mb=64, processes=16, output_bytes=1 << 24, keep_bytes=1 << 16, test_seconds=5)
+    return dict(seconds=timeout, memory_mb=memory_mb, disk_mb=64, processes=16, output_bytes=1 << 24,
+                keep_bytes=1 << 16, test_seconds=5)
 
-def _jail(): return str(Path(__file__).with_name('jail.py')) if '__file__' in globals() else str(Path(__import__('weighted_mtp').__file__).with_name('jail.py'))
+def _jail(): # the worker's program
+    package = __file__ if '__file__' in globals() else __import__('weighted_mtp').__file__
+    return str(Path(package).with_name('jail.py'))
 
 def _line_of_worker(line): # None where it is none
     try: return json.loads(line) if line.startswith(b'{') else None
@@ -101,22 +106,27 @@ class WorkerGone(Exception): "A worker ended, or does not answer."
 class Worker:
     "A process that runs programs one after another."
     def __init__(self, walls, packages):
-        self.folder = Path(tempfile.gettempdir())/f'wmtp-sandbox-{secrets.token_hex(8)}' # the worker makes and removes it
+        # The worker makes its folder, and removes it
+        self.folder = Path(tempfile.gettempdir())/f'wmtp-sandbox-{secrets.token_hex(8)}'
         command = [sys.executable, '-I', '-S', '-X', 'utf8', _jail()]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-                                        env={}, cwd='/', start_new_session=True)
+        pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+        self.process = subprocess.Popen(command, **pipes, bufsize=0, env={}, cwd='/', start_new_session=True)
         self.buffer, self.busy, self.walls = b'', None, walls
         os.set_blocking(self.process.stdin.fileno(), False)
         _workers.add(self)
-        setup = dict(walls=walls, packages=_package_files(packages) if packages else {}, folder=str(self.folder), limits=_limits(10, 512))
+        files = _package_files(packages) if packages else {}
+        setup = dict(walls=walls, packages=files, folder=str(self.folder), limits=_limits(10, 512))
         try: self._start(setup)
         except BaseException: self.close(); raise
 
     def _start(self, setup):
         deadline = time.monotonic() + 120 # a package may take long to import
         self._send(setup, deadline)
-        while not (said := self._line(deadline)).get('status') or 'token' in said: pass
+        try:
+            while not (said := self._line(deadline)).get('status') or 'token' in said: pass
+        except (TimeoutError, WorkerGone) as e: raise _broken(dict(message=str(e) or 'no answer')) from None
         if said['status'] == 'no walls': raise NoWalls(said['message'])
+        if said['status'] == 'no package': raise UserError(f"{said['message']} Take it out of the packages, or mend it.")
         if said['status'] == 'broken': raise _broken(said)
         self.walls = said['walls']
 
@@ -158,7 +168,7 @@ class Worker:
     def close(self, wait=True):
         _workers.discard(self)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr): stream.close()
-        if not wait: return # forked: it is the worker of another process
+        if not wait: self.process.returncode = 0; return # forked: it is the worker of another process
         try: self.process.wait(10) # it kills what runs in it when its standard input is closed
         except subprocess.TimeoutExpired: self.process.kill(); self.process.wait()
         if self.folder.exists(): subprocess.run(['rm', '-rf', self.folder], check=False)
@@ -173,17 +183,15 @@ def _wait(fd, event, deadline):
 def _broken(said):
     return UserError(f"The sandbox does not work here: {said.get('message')}\n{said.get('stderr', '')}".rstrip())
 
-_workers, _idle, _lock, _no_walls = set(), [], threading.Lock(), False
+_workers, _idle, _lock = set(), [], threading.Lock()
 
 def _worker(key, fresh=False): # an idle one, or a new one; `key`: walls, packages and the program of a worker
-    global _no_walls
     with _lock:
         found = None if fresh else next((pair for pair in reversed(_idle) if pair[0] == key), None)
         if found: _idle.remove(found); return found[1]
     walls, packages, _ = key
-    try: return Worker(walls and not _no_walls, packages)
-    except NoWalls: _no_walls = True
-    return Worker(False, packages)
+    try: return Worker(walls, packages)
+    except NoWalls: return Worker(False, packages)
 
 def _keep(key, worker):
     with _lock:
@@ -213,7 +221,7 @@ def judge(
     timeout:float=10., # Seconds, for each input of its own
     memory_mb:int=512, # Of each process
     walls:bool=True, # False: without namespaces, as where the kernel has none
-    packages=(), # Names of what programs and tests may import beside the standard library; `UserError` where one is not installed
+    packages=(), # Names that may be imported beside the standard library; `UserError` where one is not installed
 )->Result:
     "Run a program against tests that it cannot see."
     packages = check_packages(packages)

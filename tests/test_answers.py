@@ -19,9 +19,11 @@ ASSERTS = dict(kind='asserts', tests=['assert add(1, 2) == 3', 'assert add(2, 5)
 CHECK = 'def check(f):\n    assert f(1, 2) == 3\n    assert f(2, 5) == 7\n'
 PROMPT = 'from typing import List\n\n\ndef add(a, b):\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n'
 HUMANEVAL = dict(kind='humaneval', entry_point='add', test=CHECK, prompt=PROMPT)
+ASSERTS_TWO = dict(kind='asserts', tests=[*ASSERTS['tests'], 'assert twice(3) == 6'])
 STDIO = dict(kind='stdio', tests=[['1 2\n', '3\n'], ['2 5\n', '7\n']])
 
 GOOD, BAD = 'def add(a, b):\n    return a + b\n', 'def add(a, b):\n    return a - b\n'
+TWICE = 'def twice(a):\n    return 2*a\n'
 READS = 'a, b = map(int, input().split())\nprint(a + b)\n'
 HELPED = 'def total(xs):\n    return sum(xs)\n\n\ndef add(a, b):\n    return total([a, b])\n'
 FILLED = '''sums = {}
@@ -95,6 +97,8 @@ FORMS = [ # what, tests, answer, whether it is right
      f'So:\n\n{COUNTING}\nprint(add(int(input()), 1))', True),
     ('an import, prose, the function', ASSERTS,
      'Import\n\nimport operator\n\nand then write this:\n\ndef add(a, b):\n    return operator.add(a, b)\n', True),
+    ('in a sentence', ASSERTS, 'Use `add = lambda a, b: a + b`, which adds.', True),
+    ('blanks that are none', ASSERTS, '\ufeff' + GOOD.replace('    ', '\xa0'*4), True),
     # what stands beside the function
     ('an example that reads input', ASSERTS, GOOD + '\nprint(add(int(input()), int(input())))\n', True),
     ('an example that asserts something wrong', ASSERTS, GOOD + '\nassert add(1, 1) == 3\n', True),
@@ -134,6 +138,19 @@ FORMS = [ # what, tests, answer, whether it is right
      fence('def add(a, b):\n    """Use:\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'), True),
     ('a draft without a fence, then a draft corrected', ASSERTS, f'{BAD}\nWait, that subtracts.\n\n{GOOD}', True),
     ('a right draft without a fence, then a wrong one', ASSERTS, f'{GOOD}\nWait, better subtract.\n\n{BAD}', False),
+    ('a right draft of two functions, one of them then wrong', ASSERTS_TWO,
+     f'{fence(GOOD + TWICE)}Better:\n{fence(BAD)}', False),
+    ('a wrong draft of two functions, one of them mended', ASSERTS_TWO,
+     f'{fence(BAD + TWICE)}Better:\n{fence(GOOD)}', True),
+    ('two functions in two fences', ASSERTS_TWO, f'{fence(GOOD)}and\n{fence(TWICE)}', True),
+    ('a draft that fills a table of the same name', ASSERTS,
+     f'{fence(FILLED + "sums[1, 2] = 9" + chr(10))}No:\n{fence(FILLED)}', True),
+    ('a draft with a builtin of its own', ASSERTS,
+     f'{fence("def sum(xs): return 0" + chr(10) + BAD)}No:\n{fence(GOOD.replace("a + b", "sum([a, b])"))}', True),
+    ('a star import, prose, the function', ASSERTS,
+     'First:\n\nfrom operator import *\n\nthen this one:\n\ndef add(a, b):\n    return neg(sub(neg(a), b))\n', True),
+    ('the answer, then its outline', ASSERTS,
+     f'{fence(GOOD)}So it is\n{fence(GOOD.replace("a + b", "..."))}', True),
     # tags
     *((f'tags {a}', ASSERTS, f'{a}\n{GOOD}{b}', True) for a, b in TAGS.items()),
     ('a wrong one in tags', ASSERTS, f'[PYTHON]\n{BAD}[/PYTHON]', False),
@@ -176,6 +193,9 @@ FORMS = [ # what, tests, answer, whether it is right
     ('a body in a fence', HUMANEVAL, f'The body:\n{fence(LONG_BODY)}Done.', True),
     ('a body that lost one blank', HUMANEVAL, LONG_BODY[1:], True),
     ('a body after prose', HUMANEVAL, f'Here is the completed body:\n\n{LONG_BODY}\nIt counts.', True),
+    ('a body, and a part of it explained', HUMANEVAL,
+     f'{fence(LONG_BODY)}The last line\n{fence("    return out" + chr(10))}', True),
+    ('a body, then the function announced', HUMANEVAL, BODY + '\n\nNow:\n\ndef add(a, b):\n    pass\n', True),
     ('a body with a helper behind it', HUMANEVAL,
      '    return total([a, b])\n\n\ndef total(xs):\n    return sum(xs)\n\n\nThat is all.', True),
     ('the whole function', HUMANEVAL, GOOD, True),
@@ -249,6 +269,7 @@ AROUND = [
     lambda c, draft: f'<reasoning>\n{draft}</reasoning>\n<answer>\n{c}</answer>',
     lambda c, draft: f'<think>\nMaybe\n```python\n{draft}```\nno.\n</think>\n\n```python\n{c}```\n',
     lambda c, draft: f'Let us try\n{draft}\nno.\n</think>\n{c}',
+    lambda c, draft: f'{c}\n<think>or\n```python\n{draft}```\n?</think>\n',
     lambda c, draft: f'First:\n```python\n{draft}```\nBut it fails. Better:\n```python\n{c}```\n',
     lambda c, draft: f'{c.rstrip()}<|im_end|>\n<|im_start|>user\nThen?\n{draft}',
     lambda c, draft: f'{c}\n\ndef next_one(a):\n    """ Does',
@@ -268,7 +289,7 @@ def test_mutants():
     """Right and wrong programs in every form: each has the result that it has alone."""
     from weighted_mtp.synthetic import make_problems, problem_rows
     alone, formed = [], []
-    for p in make_problems(7, seed=3):
+    for p in make_problems(4, seed=3):
         rows, tests = problem_rows(p, per_problem=2), dict(kind='asserts', tests=p.tests)
         for row in rows:
             code, right = row['output'].rstrip() + '\n', row['is_correct']
@@ -282,7 +303,7 @@ def test_mutants():
             prompt = dict(kind='humaneval', entry_point='f', test=check, prompt=prompt)
             formed += [(program(form(body, draft), prompt), right) for form in AROUND_BODY]
     every = [*alone, *formed]
-    assert {right for _, right in alone} == {True, False} and len(formed) >= 400
+    assert {right for _, right in alone} == {True, False} and len(formed) >= 200
     said = results([job for job, _ in every])
     assert [(job, s) for (job, right), s in zip(every, said) if (s == 'passed') != right] == []
 
@@ -298,9 +319,9 @@ DEEP = dict(
 def test_time_and_depth():
     """Two thousand lines of the kinds that cost most, and what is nested too deeply to be parsed, around a function."""
     for name, text in [*LONG.items(), *DEEP.items()]:
-        start = time.monotonic()
+        start = time.process_time()
         code, kinds = find_code(f'Let us see.\n{text}\n\n{GOOD}', ASSERTS)
-        took = time.monotonic() - start # 0.1 s on a quiet machine
+        took = time.process_time() - start # 0.1 s on a quiet machine
         assert 'def add' in code and took < 3, (name, kinds, took)
     for name, text in DEEP.items(): assert find_code(text, ASSERTS)[0] is not None
 

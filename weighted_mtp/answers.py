@@ -354,6 +354,9 @@ class _Statement:
     @property
     def defines(self): return all(isinstance(n, (*_DEFINITIONS, *_IMPORTS)) for n in self.nodes)
 
+    @property
+    def imports_all(self): return any(isinstance(n, ast.ImportFrom) and n.names[0].name == '*' for n in self.nodes)
+
     @cached_property
     def needs(self): # names that it reads and does not bind itself, as a loop does
         return self.names.reads.difference(*(_ids(ast.walk(n.target)) for n in self.nodes if isinstance(n, ast.For)))
@@ -408,9 +411,9 @@ def _by_name(statements, names): # name -> the statements with it among their `n
         for n in names(s): out.setdefault(n, []).append(s)
     return out
 
-def _makers(own, others): # name -> what binds it: own statements, else those of the last other run that does
+def _makers(own, others, known): # name -> what binds it: own statements, else those of the last other run that does
     out = {}
-    for run in others: out |= _by_name(run.statements, lambda s: s.names.binds)
+    for run in others: out |= _by_name(run.statements, lambda s: s.names.binds - known) # not a draft's own `max`
     return out | _by_name(own, lambda s: s.names.binds | s.names.writes)
 
 def _changers(statements, makers, asked): # name of an object -> what changes it
@@ -421,19 +424,22 @@ def _changers(statements, makers, asked): # name of an object -> what changes it
         return (set() if s.defines else s.changes & variables).union(*by_calls)
     return _by_name(statements, changed)
 
-def _needed(own, others, asked): # statements: `own`, and of the runs `others`, the last of which is looked at first
+def _needed(own, others, asked, known): # statements: `own`, and of the runs `others`, the last of which comes first
     every = [s for r in others for s in r.statements] + own
-    makers, mine = _makers(own, others), {n for s in own for n in s.names.binds}
+    makers, mine = _makers(own, others, known - asked), {n for s in own for n in s.names.binds}
     changers = _changers(every, makers, asked)
     kept = {s for s in own if s.sets and s.names.early <= _BUILTINS | mine}
     todo, seen = [*asked, *(n for s in kept for n in s.needs)], set()
     while todo:
         if (name := todo.pop()) in seen: continue
         seen.add(name)
-        for s in [*makers.get(name, ()), *changers.get(name, ())]:
+        made = makers.get(name, ())
+        changed = [s for s in changers.get(name, ()) if any(s.run is m.run for m in made)] # not what a draft did
+        for s in [*made, *changed]:
             if s in kept or any(isinstance(n, ast.Assert) for n in s.nodes): continue
             kept.add(s)
             todo += s.needs
+    if seen - makers.keys() - known: kept |= {s for s in every if s.imports_all}
     return kept
 
 def _keep(run, others, asked, known): # (statements of the run that are kept, those of others)
@@ -442,11 +448,11 @@ def _keep(run, others, asked, known): # (statements of the run that are kept, th
         there = known.union(run.binds, *(r.binds for r in others))
         kept = [s for s in own if not s.is_prose(there)]
         missing = {n for s in kept for n in s.names.reads} - {n for s in kept for n in s.names.binds}
-        return kept, _needed([], others, missing)
+        return kept, _needed([], others, missing, known)
     if _BY_NAME.search(run.text): # then nobody can tell which names are read
         examples = asked | {'input', 'print', 'open'}
         asked = asked.union(*(s.names.binds for s in own if not s.calls & examples))
-    needed, kept = _needed(own, others, asked), []
+    needed, kept = _needed(own, others, asked, known), []
     there = known.union(*(s.names.binds for s in needed))
     for s in own:
         if s in needed or s.is_main or s.harmless(there):
@@ -494,6 +500,7 @@ def _as_body(block, tests): # (lines of the prompt's, kinds, runs) of the prompt
 def _is_stub(node): # a function that is only announced
     def empty(s):
         if isinstance(s, ast.Raise): return any(name.startswith('NotImplemented') for name in _ids(ast.walk(s)))
+        if isinstance(s, ast.Return): return isinstance(s.value, ast.Constant) and s.value.value is ...
         return isinstance(s, ast.Pass) or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)
     return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and all(map(empty, node.body))
 
@@ -521,18 +528,19 @@ def _length(block, run): # of a fence's text, or lines that are not blank
     if block.kinds and len(run.lines) == len(block.lines): return len(block.text)
     return sum(bool(l.strip()) for l in run.lines)
 
-def _chosen(read, tests, asked): # (block, its runs, run) among all (block, runs) that were read, or None
+def _chosen(read, tests, asked, weak=False): # (block, its runs, run) among all (block, runs) that were read, or None
     every = [(b, runs, r) for b, runs in read for r in runs if not r.why]
-    if asked:
-        rated = [(_score(r, asked), i) for i, (*_, r) in enumerate(every)]
-        return every[max(rated)[1]] if rated and max(rated)[0] > (0, 0) else None
+    if asked: # the last that defines something (`weak`: announces or imports it); the rest is looked for in others
+        return next((x for x in reversed(every) if _score(x[2], asked)[weak]), None)
     every = [x for x in every if _is_code(x[2].text)]
     if not every: return None
     if tests.get('kind') == 'stdio': return max(enumerate(every), key=lambda x: (_talks(x[1][2].text), x[0]))[1]
     return max(every, key=lambda x: _length(x[0], x[2]))
 
 # %% ../nbs/10_answers.ipynb #f5f8c575
-_QUOTE = re.compile(r'^[ \t]*(?:>>>|\.\.\.|>)(?: |$)', re.M)
+_QUOTE = re.compile(r'^[ \t]*(?:>>>|\.\.\.|>)(?: |$)', re.M) # a block quote, or as typed into Python
+_INLINE = re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
+_BLANKS = {0xfeff: None, 0x200b: None, 0xa0: ' '} # that Python takes for no blanks
 
 def _places(text): # lists of blocks, in the order in which they are looked into
     tagged = _tagged(text)
@@ -541,25 +549,35 @@ def _places(text): # lists of blocks, in the order in which they are looked into
     yield _fenced(text)
     yield [b for t in tagged for b in _blocks_in(t)]
     yield [_Block(text.split('\n'))]
-    if (bare := _QUOTE.sub('', text)) != text: # a block quote, or as typed into Python
-        yield _blocks_in(_Block(bare.split('\n'), ('quote',)))
-        yield [_Block(bare.split('\n'), ('quote',))]
+    yield [_Block([code], ('quote',)) for code in _INLINE.findall(text)]
+    for kind, bare in (('quote', _QUOTE.sub('', text)), ('blanks', text.translate(_BLANKS))):
+        if bare == text: continue
+        yield _blocks_in(_Block(bare.split('\n'), (kind,)))
+        yield [_Block(bare.split('\n'), (kind,))]
 
 def _in_place(blocks, tests, asked, known): # (code, kinds), or None
     read = [(b, _Reader(b.lines).runs()) for b in blocks if b.text.strip()]
-    if found := _chosen(read, tests, asked):
-        block, runs, run = found
-        if not tests and len(runs) == 1 and len(run.lines) == len(block.lines): return block.text, block.kinds
-        if tests.get('kind') == 'stdio' and any(r.why == 'error' for r in runs): # every line of a program counts
-            return block.text, block.kinds
-        return _written(block, runs, run, [r for _, rs in read for r in rs], asked, known)
-    if tests.get('kind') != 'humaneval': return None
+    every = [r for _, runs in read for r in runs]
+    if found := _chosen(read, tests, asked): return _of_run(*found, tests, every, asked, known)
+    if tests.get('kind') == 'humaneval' and (body := _body_in(read, tests, known)):
+        block, head, runs = body
+        return _written(block, runs, runs[0], runs, asked, known, head)
+    found = asked and _chosen(read, tests, asked, weak=True)
+    return _of_run(*found, tests, every, asked, known) if found else None
+
+def _of_run(block, runs, run, tests, every, asked, known): # (code, kinds)
+    if not tests and len(runs) == 1 and len(run.lines) == len(block.lines): return block.text, block.kinds
+    broken = tests.get('kind') == 'stdio' and any(r.why == 'error' for r in runs) # every line of a program counts
+    return (block.text, block.kinds) if broken else _written(block, runs, run, every, asked, known)
+
+def _body_in(read, tests, known): # (block, lines of the prompt's, runs), or None
     with_return = [(b, r) for b, runs in read for r in runs if any(s.returns for s in r.statements)]
     inner = [_Block(r.lines, (*b.kinds, *r.kinds)) for b, r in with_return]
-    for block in [*(b for b, _ in reversed(read)), *reversed(inner)]:
-        if body := _as_body(block, tests):
-            head, kinds, runs = body
-            return _written(_Block(block.lines, (*block.kinds, *kinds)), runs, runs[0], runs, asked, known, head)
+    blocks = [*(b for b, _ in reversed(read)), *reversed(inner)]
+    bodies = [(b, *body) for b in blocks if (body := _as_body(b, tests))]
+    complete = [x for x in bodies if x[3][0].statements[0].needs <= known.union(*(r.binds for r in x[3]))]
+    for block, head, kinds, runs in [*complete, *bodies]: # a part of a body, explained, reads what it does not bind
+        return _Block(block.lines, (*block.kinds, *kinds)), head, runs
 
 def _written(block, runs, run, every, asked, known, head=0): # (code, kinds) of a run; `head`: the prompt's lines
     at = next(i for i, r in enumerate(every) if r is run)
@@ -568,15 +586,16 @@ def _written(block, runs, run, every, asked, known, head=0): # (code, kinds) of 
     dropped = [s for s in run.statements if s not in kept]
     gone = {i for s in dropped for i in range(s.start - 1, s.end)}
     lines = [l for i, l in enumerate(run.lines) if i not in gone][head:]
-    more = [l for r in every for s in r.statements if s in added for l in s.source.split('\n')]
-    parts = ['\n'.join(p).strip('\n') for p in ([lines, more] if head else [more, lines])] # a body comes first
-    whole = len(runs) == 1 and not gone and not more
+    before, after = ([l for r in rs for s in r.statements if s in added for l in s.source.split('\n')]
+                     for rs in (every[:at], every[at+1:]))
+    parts = ['\n'.join(p).strip('\n') for p in (before, lines, after)] # nothing is before a body
+    whole = len(runs) == 1 and not gone and not added
     code = '\n'.join(lines) if whole else '\n'.join(filter(None, parts)) + '\n'
     there = known.union(*(r.binds for r in every))
     words = [s for s in dropped if s.is_prose(there)]
     drafts = [r for r in others if asked and _score(r, asked)[0] and all(s.run is not r for s in added)]
     kinds = [*block.kinds, *run.kinds, *('broken lines' if r.why == 'error' else r.why for r in runs if r.why)]
-    found = dict(prose=words, examples=len(words) < len(dropped), parts=more, drafts=drafts)
+    found = dict(prose=words, examples=len(words) < len(dropped), parts=added, drafts=drafts)
     return code, tuple(dict.fromkeys([*kinds, *(k for k, x in found.items() if x)]))
 
 def _before(tests): # what stands before the program

@@ -132,3 +132,34 @@ def test_rows_of_older_evaluations(tmp_path, answers):
     before = {k: v for k, v in found.items() if k not in ('errors', 'first_failures', 'missing_packages')}
     assert 'errors' not in in_words(before) and not any('error' in k for k in metrics_of(before))
     assert summary(old)['pass@1'] == .25
+
+def as_text(x): # a page's piece: a table, HTML, Markdown, or a figure
+    return x.to_html() if hasattr(x, 'to_html') else getattr(x, 'data', '')
+
+def report_of(folder, evaluations): # what the cells of the report show, and the files that they keep
+    folder.mkdir()
+    plan = dict(command=['python'], resolved=dict(pipeline='evaluation', experiment={}), effective_batch=None)
+    record = dict(name='x', created='2026-01-01', target='local', status='completed', plan=plan)
+    (folder/'record.json').write_text(json.dumps(dict(record, request=dict(pipeline='evaluation', ngpus=1))))
+    result = dict(metrics={}, seconds=dict(evaluation=1.), pictures=[], checkpoints={}, evaluations=evaluations)
+    (folder/'result.json').write_text(json.dumps(result))
+    cells = [c for c in json.loads((REPO/'nbs/report.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    out, scope = [], dict(record=str(folder))
+    for c in cells[1:]: # the first holds the parameter
+        exec(''.join(c['source']), scope)
+        scope['display'] = lambda *x: out.extend(x)
+    return '\n'.join(map(as_text, out)), {f.relative_to(folder).as_posix() for f in folder.glob('*/*.*')}
+
+def test_report_of_an_evaluation(tmp_path, answers, monkeypatch):
+    """Tables, figures and escaped programs of a new evaluation; of one without the counts pass@k alone."""
+    monkeypatch.chdir(REPO)
+    answers.of(['def f(x): return x', 'def f(x):\n    return "<b>" if x < 3 else $x$', 'import numpy', NUMPY])
+    new = evaluate(None, TOKENIZER, [problem(0)], samples=4, folder=tmp_path, progress=False)
+    old = {k: v for k, v in new.items() if k not in ('errors', 'first_failures', 'missing_packages')}
+    page, files = report_of(tmp_path/'new', dict(problems=new, other=old))
+    for word in ('2 (50 %)', 'ModuleNotFoundError', '&lt;b&gt;', 'evaluation.packages=[numpy]', '3 × before the tests'):
+        assert word in page, word
+    for name in ('errors', 'first_failures'): assert files.issuperset([f'tables/{name}.csv', f'figures/{name}.png'])
+    page, files = report_of(tmp_path/'old', dict(problems=old))
+    assert '25.0 %' in page and 'tables/evaluation.csv' in files and 'tests' not in page
+    assert not any('errors' in f or 'failures' in f for f in files)

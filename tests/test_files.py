@@ -167,6 +167,14 @@ def test_wrong_types_of_a_solution(tmp_path):
         f.write_bytes(lines([row := solution(1, **changes)]))
         assert read_solutions(f) == [row]
 
+def test_a_twin_that_is_not_there(tmp_path):
+    """No picture of a pair, rather than a run that fails after training."""
+    from weighted_mtp.critic import picture_of_pair
+    f = tmp_path/'x.jsonl'
+    for twin in (7, -1, None):
+        f.write_bytes(lines([solution(0), solution(1, False, mutation=[0, 3], twin=twin)]))
+        assert picture_of_pair(None, None, f) == ''
+
 def test_files_that_are_not_there(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'train.jsonl').write_bytes(lines([solution(0)])); (tmp_path/'folder.jsonl').mkdir()

@@ -179,9 +179,9 @@ def test_autocast_and_mixed_dtypes():
 
 def test_bfloat16_products(monkeypatch):
     "The walk as a GPU takes it, factors in bfloat16 and float32 results; the one call that needs a GPU is emulated."
-    def addmm(out, a, b, beta=1):
+    def addmm(out, a, b, beta=1, alpha=1):
         assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
-        return out.copy_((beta*out if beta else 0) + a.float() @ b.float())
+        return out.copy_((beta*out if beta else 0) + alpha*(a.float() @ b.float()))
     h, u, y, w = example(dtype=torch.bfloat16)
     want = gradients(mtp_cross_entropy, h, u, y, w)
     monkeypatch.setattr(losses, '_addmm_', addmm)

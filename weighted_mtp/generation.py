@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .config import UserError
-from .models import MTPForCausalLM
+from .models import MTPForCausalLM, block_states, final_norm
 
 # %% ../nbs/09_generation.ipynb #b25dc313
 class _Heads:
@@ -28,9 +28,10 @@ class _Heads:
         x, before = x[:, :new], self.seen
         self.seen += new
         mask = torch.ones(new, self.seen, dtype=torch.bool, device=x.device).tril(before)[None, None] if new > 1 else None # the new see what was there, and each other backwards
-        kw = {**kw, 'position_embeddings': tuple(t[:, :new] for t in kw['position_embeddings']), 'attention_mask': mask, 'past_key_values': self.cache}
+        kw = {**kw, 'attention_mask': mask, 'past_key_values': self.cache}
+        if kw.get('position_embeddings') is not None: kw['position_embeddings'] = tuple(t[:, :new] for t in kw['position_embeddings'])
         if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
-        return torch.cat([h(x, *rest, **kw)[:, -1] for h in self.model.extra_heads])
+        return torch.cat([block_states(h(x, *rest, **kw))[:, -1] for h in self.model.extra_heads])
 
 _LLAMA = {f'{n}.weight' for n in ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')}
 
@@ -76,7 +77,7 @@ class HeadCandidates(CandidateGenerator):
 
     def __init__(self, model, logits_processor, do_sample, max_length):
         self.model, self.processor, self.do_sample, self.max_length = model, logits_processor, do_sample, max_length
-        self.norm, self.unembed = model.backbone.get_decoder().norm, model.get_output_embeddings()
+        self.norm, self.compute_logits = final_norm(model.backbone.get_decoder()), model.compute_logits
         self.heads = (_LlamaHeads if _LlamaHeads.fits(model) else _Heads)(model)
         self.passes = self.drafted = self.accepted = 0
 
@@ -85,7 +86,7 @@ class HeadCandidates(CandidateGenerator):
         if is_first_iteration: return input_ids, None # the prompt's own pass
         hidden = self.heads(model_outputs.trunk, input_ids.shape[1] - 1 - self.heads.seen)[:max(0, self.max_length - input_ids.shape[1] - 1)]
         if not len(hidden): return input_ids, None
-        logits = self.unembed(self.norm(hidden)).float()
+        logits = self.compute_logits(self.norm(hidden)).float()
         if len(self.processor): logits = torch.cat([self.processor(input_ids, row) for row in logits.split(1)])
         drafts = torch.multinomial(logits.softmax(-1), 1)[:, 0] if self.do_sample else logits.argmax(-1)
         self.drafted += len(drafts)

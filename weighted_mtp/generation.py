@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .config import UserError
@@ -27,18 +27,28 @@ class _Heads:
         (x, *rest), kw = trunk
         x, before = x[:, :new], self.seen
         self.seen += new
-        mask = torch.ones(new, self.seen, dtype=torch.bool, device=x.device).tril(before)[None, None] if new > 1 else None # the new see what was there, and each other backwards
-        kw = {**kw, 'attention_mask': mask, 'past_key_values': self.cache}
-        if kw.get('position_embeddings') is not None: kw['position_embeddings'] = tuple(t[:, :new] for t in kw['position_embeddings'])
+        own = lambda v: self.cache if isinstance(v, Cache) else v # whatever the family calls it
+        rest, kw = [own(v) for v in rest], {k: own(v) for k, v in kw.items()} | dict(attention_mask=self._mask(new, before, x.device))
+        if (turns := kw.get('position_embeddings')) is not None: # cosine and sine; one complex tensor in some families
+            kw['position_embeddings'] = turns[:, :new] if torch.is_tensor(turns) else tuple(t[:, :new] for t in turns)
         if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
         return torch.cat([block_states(h(x, *rest, **kw))[:, -1] for h in self.model.extra_heads])
+
+    def _mask(self, new, before, device): # the new see what was there, and each other backwards; as far as the block's window reaches
+        window = next((w for m in self.model.extra_heads[0].modules() if (w := getattr(m, 'sliding_window', None))), None)
+        if new == 1 and (window is None or before < window): return None
+        mask = torch.ones(new, before + new, dtype=torch.bool, device=device).tril(before)
+        return (mask if window is None else mask.triu(before - window + 1))[None, None]
 
 _LLAMA = {f'{n}.weight' for n in ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')}
 
 class _LlamaHeads:
     "The same for Llama's blocks, all heads at once: on small models the number of operations is what takes the time."
     @staticmethod
-    def fits(model): return type(model.backbone).__name__ in ('LlamaForCausalLM', 'MistralForCausalLM') and all(dict(h.named_parameters()).keys() == _LLAMA for h in model.extra_heads)
+    def fits(model):
+        c, heads = model.backbone.config, model.extra_heads
+        return (type(model.backbone).__name__ in ('LlamaForCausalLM', 'MistralForCausalLM') and c.hidden_act == 'silu'
+                and getattr(c, 'sliding_window', None) is None and all(dict(h.named_parameters()).keys() == _LLAMA for h in heads))
 
     def __init__(self, model):
         c, self.n, self.d = model.backbone.config, len(model.extra_heads), model.extra_heads[0].self_attn.head_dim
@@ -84,13 +94,24 @@ class HeadCandidates(CandidateGenerator):
     def get_candidates(self, input_ids, model_kwargs=None, model_outputs=None, is_first_iteration=False, n_last_matches=0, **kw):
         self.passes += 1
         if is_first_iteration: return input_ids, None # the prompt's own pass
-        hidden = self.heads(model_outputs.trunk, input_ids.shape[1] - 1 - self.heads.seen)[:max(0, self.max_length - input_ids.shape[1] - 1)]
+        hidden = self._hidden(model_outputs.trunk, input_ids.shape[1] - 1 - self.heads.seen)
+        hidden = hidden[:max(0, self.max_length - input_ids.shape[1] - 1)]
         if not len(hidden): return input_ids, None
         logits = self.compute_logits(self.norm(hidden)).float()
         if len(self.processor): logits = torch.cat([self.processor(input_ids, row) for row in logits.split(1)])
         drafts = torch.multinomial(logits.softmax(-1), 1)[:, 0] if self.do_sample else logits.argmax(-1)
         self.drafted += len(drafts)
         return torch.cat([input_ids, drafts[None]], 1), logits[None]
+
+    def _hidden(self, trunk, new): # (n - 1, D); none where the family's blocks cannot go on from a cache of their own
+        if not self.model.can_draft: return ()
+        try: return self.heads(trunk, new)
+        except (MemoryError, torch.OutOfMemoryError): raise
+        except Exception as e:
+            self.model.can_draft = False
+            print(f"warning: {type(self.model.backbone).__name__} generates without drafts, one token a pass: its blocks cannot be run alone "
+                  f"({type(e).__name__}: {(str(e).splitlines() or [''])[0]})", flush=True)
+            return ()
 
     def update_candidate_strategy(self, input_ids, scores, num_matches): self.accepted += int(num_matches)
 
@@ -143,7 +164,7 @@ def generate(
     room = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 1 << 30
     for i, x in enumerate(ids):
         if len(x) + 1 > room: raise NoRoom(f"Prompt {i+1} of {len(ids)} has {len(x)} tokens; the model has room for {room}, the answer included.")
-    drafting = self_speculative and isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1
+    drafting = self_speculative and isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1 and model.can_draft
     how = dict(do_sample=temperature > 0, **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}), eos_token_id=tokenizer.eos_token_id,
                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}))
     was, out = model.training, [None]*len(ids)

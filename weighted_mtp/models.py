@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaTokenizerFast, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, LlamaConfig, LlamaTokenizerFast, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.configuration_utils import SubConfigSpec
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
@@ -35,7 +36,7 @@ from .meta_format import converted, open_release, our_name, shards
 # %% ../nbs/03_models.ipynb #5a1c0f02
 _MULTIPLIES, _DIVIDES = lambda field: lambda c: getattr(c, field), lambda field: lambda c: 1/getattr(c, field)
 _LOGIT_SCALES = { # model type: what it multiplies the product of hidden states and head by
-    **dict.fromkeys(('cohere', 'cohere2', 'cohere2_moe', 'cohere_compass'), _MULTIPLIES('logit_scale')),
+    **dict.fromkeys(('cohere', 'cohere2', 'cohere2_moe', 'cohere_compass_text'), _MULTIPLIES('logit_scale')),
     **dict.fromkeys(('granite', 'granite_swa', 'granitemoe', 'granitemoe_swa', 'granitemoehybrid', 'granitemoeshared', 'minicpm3'),
                     _DIVIDES('logits_scaling')),
     'hyperclovax': _MULTIPLIES('logits_scaling'), 'falcon_h1': _MULTIPLIES('lm_head_multiplier'),
@@ -76,7 +77,7 @@ class BackboneConfig(PreTrainedConfig):
 
     def __post_init__(self, **kw):
         super().__post_init__(**kw)
-        self.tie_word_embeddings = self.backbone_config.tie_word_embeddings
+        self.tie_word_embeddings = getattr(self.backbone_config, 'tie_word_embeddings', False)
 
 class BackboneModel(PreTrainedModel):
     "What our models have in common: everything that is the backbone's affair."
@@ -132,6 +133,10 @@ _FINAL_NORMS = ('norm', 'final_layernorm', 'final_layer_norm')
 def final_norm(decoder): # the module after the last block, by any of the names it has; None where there is none
     return next((m for n in _FINAL_NORMS if (m := getattr(decoder, n, None)) is not None), None)
 
+def _recurrent(name):
+    return (f"{name} keeps a recurrent state, which drafts of several tokens cannot be taken out of again: use a decoder of attention blocks, "
+            "such as Llama, Qwen or Mistral.")
+
 def block_states(out): # a block's hidden states; some families return more beside them
     return out[0] if isinstance(out, tuple) else out
 
@@ -150,9 +155,12 @@ def _four_tokens(model, copies): # (ours, the backbone's own): (2, 4, n, V), (2,
         out.last_hidden_state = out.last_hidden_state*size
         return out
     hook = backbone.get_decoder().register_forward_hook(enlarge)
-    try: own = backbone(**inputs).logits
+    try: out = backbone(**inputs | dict(use_cache=hasattr(model, 'extra_heads')))
     finally: hook.remove()
-    return model.compute_logits(hidden*size[..., None]).float(), own.float()
+    if hasattr(model, 'extra_heads') and not _only_attention(out.past_key_values): raise UserError(_recurrent(type(backbone).__name__))
+    return model.compute_logits(hidden*size[..., None]).float(), out.logits.float()
+
+def _only_attention(cache): return type(cache) is DynamicCache and all(isinstance(x, DynamicLayer) for x in cache.layers)
 
 @torch.no_grad()
 def check_logits(
@@ -187,7 +195,7 @@ class MTPConfig(BackboneConfig):
     "A backbone's config and how many tokens ahead its heads look."
     model_type = 'weighted_mtp'
     n_future_tokens: int = 4
-    def get_text_config(self, *args, **kw): return self.backbone_config # what generation asks for layers and heads
+    def get_text_config(self, *args, **kw): return self.backbone_config.get_text_config() # what generation asks for layers and heads
 
 @dataclass
 class MTPOutput(ModelOutput):
@@ -208,18 +216,18 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         self._take(backbone)
         layers = self._layers()
         self.extra_heads = nn.ModuleList(copy.deepcopy(layers[-1]) for _ in range(config.n_future_tokens-1))
-        for i, head in enumerate(self.extra_heads): # its own place in a cache
-            for m in head.modules():
-                if hasattr(m, 'layer_idx'): m.layer_idx = len(layers) + i
-        self.generation_config = copy.deepcopy(self.backbone.generation_config)
+        def placed(block): return [m for m in block.modules() if getattr(m, 'layer_idx', None) is not None]
+        places = len({m.layer_idx for m in placed(layers[-1])}) # that a block takes in a cache
+        for i, head in enumerate(self.extra_heads, 1):
+            for m in placed(head): m.layer_idx += i*places
+        self.generation_config, self.can_draft = copy.deepcopy(self.backbone.generation_config), True
         if config.lora: self.adapt(config.lora)
         self.post_init()
 
     def _layers(self): # the backbone's blocks, where they can serve as heads
         name, decoder = type(self.backbone).__name__, self.backbone.get_decoder()
         if getattr(self.backbone, '_is_stateful', False):
-            raise UserError(f"{name} keeps a recurrent state, which drafts of several tokens cannot be taken out of again: use a decoder of "
-                            "attention blocks, such as Llama, Qwen or Mistral.")
+            raise UserError(_recurrent(name))
         if not hasattr(decoder, 'layers') or final_norm(decoder) is None:
             raise UserError(f"{name} keeps its blocks in no `layers`, or has no final norm ({' or '.join(_FINAL_NORMS)}): use a decoder such as "
                             "Llama, Qwen or Mistral.")
@@ -250,6 +258,10 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         norm = final_norm(decoder)
         heads = [out.last_hidden_state] + [norm(block_states(h(*call['args'], **call['kwargs']))) for h in self.extra_heads[:n-1]]
         return torch.stack(heads, 2), out, (call['args'], call['kwargs'])
+
+    def prepare_inputs_for_generation(self, *args, **kw): # Phi 3 has its own, for instance
+        own = type(self.backbone).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+        return (self.backbone if own else super()).prepare_inputs_for_generation(*args, **kw)
 
     def heads_hidden(self, **kw): return self.hidden_states(self.config.n_future_tokens, **kw)[0]
 
@@ -335,7 +347,7 @@ class ValueModel(BackboneModel):
         super().__init__(config)
         self._take(backbone)
         if config.lora: add_lora(self.backbone, config.lora); self._note_ties()
-        self.head = ValueHead(self.backbone.config.hidden_size, config.head, config.head_dropout, config.head_bias)
+        self.head = ValueHead(self.backbone.config.get_text_config().hidden_size, config.head, config.head_dropout, config.head_bias)
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, mask=None, with_logp=False, **kw):

@@ -275,6 +275,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'weighted_mtp/generation.py'),
                                          'weighted_mtp.generation._batch': ('generation.html#_batch', 'weighted_mtp/generation.py'),
                                          'weighted_mtp.generation._finished': ('generation.html#_finished', 'weighted_mtp/generation.py'),
+                                         'weighted_mtp.generation._window': ('generation.html#_window', 'weighted_mtp/generation.py'),
                                          'weighted_mtp.generation.generate': ('generation.html#generate', 'weighted_mtp/generation.py')},
             'weighted_mtp.jail': { 'weighted_mtp.jail.Ended': ('jail.html#ended', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Ended.__init__': ('jail.html#ended.__init__', 'weighted_mtp/jail.py'),

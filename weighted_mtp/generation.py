@@ -19,6 +19,10 @@ from .config import UserError
 from .models import MTPForCausalLM, block_states, final_norm
 
 # %% ../nbs/09_generation.ipynb #b25dc313
+def _window(c): # positions that the last block sees; None: all. Without `layer_types` all blocks are alike
+    kinds = getattr(c, 'layer_types', None)
+    return getattr(c, 'sliding_window', None) if not kinds or kinds[-1] == 'sliding_attention' else None
+
 class _Heads:
     "Heads 2 to n at the newest position: one block after the other, whatever kind of block it is."
     def __init__(self, model): self.model, self.cache, self.seen = model, DynamicCache(), 0
@@ -28,17 +32,20 @@ class _Heads:
         x, before = x[:, :new], self.seen
         self.seen += new
         own = lambda v: self.cache if isinstance(v, Cache) else v # whatever the family calls it
-        rest, kw = [own(v) for v in rest], {k: own(v) for k, v in kw.items()} | dict(attention_mask=self._mask(new, before, x.device))
+        rest, kw = [own(v) for v in rest], {k: own(v) for k, v in kw.items()} | dict(attention_mask=self._mask(new, before, x))
         if (turns := kw.get('position_embeddings')) is not None: # cosine and sine; one complex tensor in some families
             kw['position_embeddings'] = turns[:, :new] if torch.is_tensor(turns) else tuple(t[:, :new] for t in turns)
         if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
         return torch.cat([block_states(h(x, *rest, **kw))[:, -1] for h in self.model.extra_heads])
 
-    def _mask(self, new, before, device): # the new see what was there, and each other backwards; as far as the block's window reaches
-        window = next((w for m in self.model.extra_heads[0].modules() if (w := getattr(m, 'sliding_window', None))), None)
-        if new == 1 and (window is None or before < window): return None
-        mask = torch.ones(new, before + new, dtype=torch.bool, device=device).tril(before)
-        return (mask if window is None else mask.triu(before - window + 1))[None, None]
+    def _mask(self, new, before, x): # the new see what was there, and each other backwards; as far as the block's window reaches
+        c = self.model.backbone.config
+        kind, window = c._attn_implementation, _window(c.get_text_config())
+        if kind not in ('eager', 'sdpa') or new == 1 and (window is None or before < window): return None # flash attention masks itself
+        seen = torch.ones(new, before + new, dtype=torch.bool, device=x.device).tril(before)
+        if window is not None: seen = seen.triu(before - window + 1)
+        if kind == 'eager': seen = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) # is added to the scores
+        return seen[None, None]
 
 _LLAMA = {f'{n}.weight' for n in ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')}
 
@@ -46,9 +53,9 @@ class _LlamaHeads:
     "The same for Llama's blocks, all heads at once: on small models the number of operations is what takes the time."
     @staticmethod
     def fits(model):
-        c, heads = model.backbone.config, model.extra_heads
-        return (type(model.backbone).__name__ in ('LlamaForCausalLM', 'MistralForCausalLM') and c.hidden_act == 'silu'
-                and getattr(c, 'sliding_window', None) is None and all(dict(h.named_parameters()).keys() == _LLAMA for h in heads))
+        c, plain = model.backbone.config, ('LlamaForCausalLM', 'MistralForCausalLM')
+        return (type(model.backbone).__name__ in plain and c.hidden_act == 'silu' and _window(c) is None
+                and all(dict(h.named_parameters()).keys() == _LLAMA for h in model.extra_heads))
 
     def __init__(self, model):
         c, self.n, self.d = model.backbone.config, len(model.extra_heads), model.extra_heads[0].self_attn.head_dim

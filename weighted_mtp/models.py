@@ -90,13 +90,15 @@ class BackboneModel(PreTrainedModel):
         self.logit_scale, self.softcap = logit_terms(self.backbone)
         self._note_ties()
 
-    def _note_ties(self): # under the names that the tied weights have here; an adapter moves them into its `base_layer`
-        adapted = {n for n, m in self.named_modules() if isinstance(m, LoraLayer)}
-        def here(name):
-            module, leaf = f'backbone.{name}'.rsplit('.', 1)
-            return f'{module}.base_layer.{leaf}' if module in adapted else f'{module}.{leaf}'
-        self._tied_weights_keys = {here(a): here(b) for a, b in (self.backbone._tied_weights_keys or {}).items()}
-        if hasattr(self, 'all_tied_weights_keys'): self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
+    def _note_ties(self): # names of tied weights: an adapter moves a weight into its `base_layer`
+        adapted = {n for n, m in self.backbone.named_modules() if isinstance(m, LoraLayer)}
+        def now(name):
+            module, _, leaf = name.rpartition('.')
+            return f'{module}.base_layer.{leaf}' if module in adapted else name
+        ties = {now(a): now(b) for a, b in (type(self.backbone)._tied_weights_keys or {}).items()}
+        self.backbone._tied_weights_keys, self._tied_weights_keys = ties, {f'backbone.{a}': f'backbone.{b}' for a, b in ties.items()}
+        for m in (self.backbone, self):
+            if hasattr(m, 'all_tied_weights_keys'): m.all_tied_weights_keys = m.get_expanded_tied_weights_keys()
 
     def adapt(self, lora):
         "Add LoRA adapters to an existing model."

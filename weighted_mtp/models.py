@@ -261,9 +261,9 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         heads = [out.last_hidden_state] + [norm(block_states(h(*call['args'], **call['kwargs']))) for h in self.extra_heads[:n-1]]
         return torch.stack(heads, 2), out, (call['args'], call['kwargs'])
 
-    def prepare_inputs_for_generation(self, *args, **kw): # Phi 3 has its own, for instance
+    def prepare_inputs_for_generation(self, *args, **kwargs): # Phi 3 has its own, for instance; `generate` looks for the name kwargs
         own = type(self.backbone).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-        return (self.backbone if own else super()).prepare_inputs_for_generation(*args, **kw)
+        return (self.backbone if own else super()).prepare_inputs_for_generation(*args, **kwargs)
 
     def heads_hidden(self, **kw): return self.hidden_states(self.config.n_future_tokens, **kw)[0]
 

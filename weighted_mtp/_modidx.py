@@ -1026,6 +1026,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'weighted_mtp.training._same_tokens': ('training.html#_same_tokens', 'weighted_mtp/training.py'),
                                        'weighted_mtp.training._say': ('training.html#_say', 'weighted_mtp/training.py'),
                                        'weighted_mtp.training.begin_run': ('training.html#begin_run', 'weighted_mtp/training.py'),
+                                       'weighted_mtp.training.check_gradients': ( 'training.html#check_gradients',
+                                                                                  'weighted_mtp/training.py'),
                                        'weighted_mtp.training.epoch_checkpoints': ( 'training.html#epoch_checkpoints',
                                                                                     'weighted_mtp/training.py'),
                                        'weighted_mtp.training.finish': ('training.html#finish', 'weighted_mtp/training.py'),

@@ -147,7 +147,7 @@ def _cannot_be_checked(model): return any(p.is_meta or isinstance(p, DTensor) fo
 
 def _four_tokens(model, copies): # (ours, the backbone's own): (2, 4, n, V), (2, 4, V); the second row from enlarged hidden states
     backbone, first = model.backbone, next(model.parameters())
-    ids = (7*torch.arange(4, device=first.device) + 3).remainder(backbone.get_input_embeddings().num_embeddings).expand(2, 4)
+    ids = (7*torch.arange(4, device=first.device) + 3).remainder(len(backbone.get_input_embeddings().weight)).expand(2, 4)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     hidden = model.heads_hidden(**inputs)
     hidden = hidden if copies else hidden[:, :, :1]
@@ -162,7 +162,8 @@ def _four_tokens(model, copies): # (ours, the backbone's own): (2, 4, n, V), (2,
     if hasattr(model, 'extra_heads') and not _only_attention(out.past_key_values): raise UserError(_recurrent(type(backbone).__name__))
     return model.compute_logits(hidden*size[..., None]).float(), out.logits.float()
 
-def _only_attention(cache): return type(cache) is DynamicCache and all(isinstance(x, DynamicLayer) for x in cache.layers)
+def _only_attention(cache): # keys and values, from which drafts that were wrong can be cut off
+    return cache is None or type(cache) is DynamicCache and all(isinstance(x, DynamicLayer) for x in cache.layers)
 
 @torch.no_grad()
 def check_logits(
@@ -170,6 +171,7 @@ def check_logits(
     copies:bool=False, # Whether heads 2 to n are still copies of the backbone's last block
 ):
     "Compare a model's logits with its backbone's own. Raises `UserError` where they differ, naming the class and by how much."
+    model.checked = True
     if _cannot_be_checked(model): return
     name, first, modes = type(model.backbone).__name__, next(model.parameters()), [(m, m.training) for m in model.modules()]
     model.eval()
@@ -375,7 +377,9 @@ def add_lora(
                         target_modules=targets if isinstance(targets, str) else list(targets))
     try: inject_adapter_in_model(config, backbone)
     except (ValueError, KeyError, re.error) as e:
-        raise UserError(f"model.lora.target_modules = {targets}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}") from None
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"model.lora.target_modules = {targets}: {why} A list holds the last parts of layers' names (q_proj), a text is a regular "
+                        "expression for a layer's full name (.*q_proj) or all-linear.") from None
     _check_adapters(backbone, targets)
     return backbone
 
@@ -414,7 +418,7 @@ def build_policy(
     else:
         model = backbone
         model.extra_heads, model.config.n_future_tokens = model.extra_heads[:n_future_tokens-1], n_future_tokens
-        check_logits(model)
+        if not getattr(model, 'checked', False): check_logits(model)
     if tuning == 'frozen': model.backbone.requires_grad_(False)
     if tuning == 'lora': model.adapt(lora)
     return model

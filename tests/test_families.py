@@ -16,15 +16,16 @@ from weighted_mtp.models import (MTPForCausalLM, build_policy, build_value_model
 from weighted_mtp.training import check_gradients
 
 REPO, V = Path(__file__).resolve().parent.parent, 64
-SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-             intermediate_size=48, max_position_embeddings=64, sliding_window=5, num_experts=4, num_local_experts=4,
-             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, state_size=8, n_embd=32, n_layer=3,
-             n_head=4, n_positions=64, rotary_dim=4, d_model=32, n_layers=3, n_heads=4, ffn_dim=48, word_embed_proj_dim=32,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=True)
-LATENT = dict(q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
-PLAIN = ('Llama', 'Mistral', 'Qwen3', 'SmolLM3', 'Gemma', 'Gemma2', 'Gemma3Text', 'Cohere', 'Cohere2', 'Granite', 'GraniteMoe',
-         'HyperCLOVAX', 'Phi', 'Phi3', 'GPTNeoX', 'Olmo', 'Olmo2', 'Starcoder2', 'Mixtral', 'Nemotron', 'Glm', 'Helium',
-         'Exaone4', 'NanoChat', 'VaultGemma', 'Persimmon', 'GptOss', 'OPT')
+SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8, intermediate_size=48, max_position_embeddings=64, sliding_window=5, num_experts=4,
+             num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, state_size=8,
+             n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, d_model=32, n_layers=3, n_heads=4,
+             ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=True)
+LATENT = dict(q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+              num_key_value_heads=4)
+PLAIN = ('Llama', 'Mistral', 'Qwen3', 'SmolLM3', 'Gemma', 'Gemma2', 'Gemma3Text', 'Cohere', 'Cohere2', 'Granite',
+         'GraniteMoe', 'HyperCLOVAX', 'Phi', 'Phi3', 'GPTNeoX', 'Olmo', 'Olmo2', 'Starcoder2', 'Mixtral', 'Nemotron',
+         'Glm', 'Helium', 'Exaone4', 'NanoChat', 'VaultGemma', 'Persimmon', 'GptOss', 'OPT')
 EXACT = dict.fromkeys(PLAIN, {}) | { # class name of the config: what is set beside sizes and scales
     'Qwen2': dict(use_sliding_window=True, max_window_layers=1), 'StableLm': dict(use_parallel_residual=True),
     'MiniCPM3': LATENT, 'DeepseekV3': LATENT | dict(first_k_dense_replace=1, n_group=2, topk_group=1)}
@@ -50,7 +51,8 @@ def backbone_of(name, seed=0, **more):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(name, **more)).eval()
     with torch.no_grad():
-        for n, p in model.named_parameters(): p.copy_(torch.randn_like(p)*.2 + (n.endswith('norm.weight') and p.ndim == 1))
+        for n, p in model.named_parameters():
+            p.copy_(torch.randn_like(p)*.2 + (n.endswith('norm.weight') and p.ndim == 1))
         model.get_output_embeddings().weight.mul_(3)
     return model
 
@@ -120,7 +122,7 @@ def saved_is_exact(policy, value, ids, tmp_path, backbone=None):
         for key in ('logits',) if model is policy else ('values', 'logp'):
             kw = dict(return_all_heads=True) if model is policy else dict(with_logp=True)
             assert_close(again(ids, **kw)[key], model(ids, **kw)[key], rtol=0, atol=0)
-    for model, load in ((policy, load_policy), (value, load_value_model)): # of adapters, they alone are in the checkpoint
+    for model, load in ((policy, load_policy), (value, load_value_model)): # complete, or on a backbone
         save_checkpoint(tmp_path/'c.pt', model, complete=backbone is None, backbone='somewhere')
         again = load(tmp_path/'c.pt', copy.deepcopy(backbone))
         for key in ('logits', 'values'):
@@ -160,8 +162,8 @@ def test_refused_by_name(name, ids):
     reason, more = REFUSED[name]
     backbone = backbone_of(name, **more)
     who = type(backbone).__name__
-    for make in (lambda: MTPForCausalLM.from_backbone(backbone, 3), lambda: MTPForCausalLM.from_backbone(backbone.config, 1),
-                 lambda: build_policy(backbone, 2, 'lora', LORA)):
+    for make in (lambda: MTPForCausalLM.from_backbone(backbone, 3), lambda: build_policy(backbone, 2, 'lora', LORA),
+                 lambda: MTPForCausalLM.from_backbone(backbone.config, 1)):
         with pytest.raises(UserError, match=f'^{who}.*{reason}'): make()
     if name in REFUSED_VALUE:
         with pytest.raises(UserError, match=f'^{who}.*{REFUSED_VALUE[name]}'): build_value_model(backbone)
@@ -190,9 +192,10 @@ class Normed(transformers.LlamaForCausalLM): # a second norm, before the head
         return CausalLMOutputWithPast(logits=self.lm_head(F.normalize(hidden, dim=-1)))
 
 DIFFER = 'differ by up to .* from its own'
-UNLISTED = dict(scaled=(altered(lambda z: 1.01*z), DIFFER), shifted=(altered(lambda z: z + .01), DIFFER), normed=(Normed, DIFFER),
-                capped=(altered(lambda z: 500*torch.tanh(z/500)), DIFFER), # where the logits of a new model are about 0.1
-                sliced=(altered(lambda z: z[..., :60]), 'cuts its logits to 60 of the 64'))
+UNLISTED = dict(scaled=(altered(lambda z: 1.01*z), DIFFER), shifted=(altered(lambda z: z + .01), DIFFER),
+                capped=(altered(lambda z: 500*torch.tanh(z/500)), DIFFER), # a new model's logits are about 0.1
+                normed=(Normed, DIFFER),
+                sliced=(altered(lambda z: z[..., :60]), 'cuts the 64 logits that its head computes to 60'))
 
 @pytest.mark.parametrize('kind', UNLISTED)
 def test_families_that_nobody_listed(kind):
@@ -212,7 +215,7 @@ def test_a_block_that_depends_on_its_place():
     with pytest.raises(UserError, match=words): MTPForCausalLM.from_backbone(backbone, 2)
 
 def test_the_check_leaves_no_trace():
-    "Random numbers, training modes, gradients and buffers are as before; nothing is computed where there are no weights."
+    "Random numbers, training modes, gradients and buffers are as before; without weights nothing is computed."
     backbone = llama(attention_dropout=.5).train()
     backbone.model.layers[0].eval()
     policy, x = MTPForCausalLM.from_backbone(backbone, 2), torch.arange(8)[None]
@@ -250,8 +253,8 @@ def test_what_is_loaded_is_checked(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f'LlamaForCausalLM.*{DIFFER}'): load()
 
 
-TARGETS = (['q_proj', 'lm_head'], '.*lm_head', ['embed_tokens'], ('embed_tokens', 'lm_head'), '.*(lm_head|embed_tokens|v_proj)',
-           'all-linear')
+TARGETS = (['q_proj', 'lm_head'], '.*lm_head', ['embed_tokens'], ('embed_tokens', 'lm_head'), 'all-linear',
+           '.*(lm_head|embed_tokens|v_proj)')
 
 @pytest.mark.parametrize('targets', TARGETS, ids=str)
 @pytest.mark.parametrize('tied', (False, True))

@@ -223,16 +223,17 @@ def test_never_holds_all_logits_and_multiplies_no_more_than_it_must():
 
 
 def test_a_head_of_any_kind_holds_no_more():
-    "Scale and bias are part of the product, an adapter is never merged, a cap takes a second chunk: no tensor is larger than the unembedding."
-    adapter = dict(low_rank=(torch.randn(2, 200, 4, 2, requires_grad=True), torch.randn(4096, 2, requires_grad=True)))
-    for head, r in ((dict(logit_scale=.1), 0), (dict(softcap=3.), 0), (dict(bias=torch.randn(4096, requires_grad=True)), 0), (adapter, 2)):
+    "An adapter is never merged, a cap takes a second chunk: no tensor is larger than the unembedding."
+    def leaf(*shape): return torch.randn(*shape, requires_grad=True)
+    adapter = dict(low_rank=(leaf(2, 200, 4, 2), leaf(4096, 2)))
+    for head, r in ((dict(logit_scale=.1), 0), (dict(softcap=3.), 0), (dict(bias=leaf(4096)), 0), (adapter, 2)):
         for frozen, times in ((False, 3), (True, 2)):
             largest, products, rows, V, D = watched(0, frozen=frozen, **head)
             assert largest <= V*D and products == rows*(times + 3*r/D)
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_a_head_of_every_kind_agrees(dtype, monkeypatch):
-    "Scale, cap, bias and adapter at once, in several chunks, against plain logits; without gradients, too; and where nothing has a target."
+    "Scale, cap, bias and adapter at once, in several chunks, against plain logits; and where nothing has a target."
     monkeypatch.setattr(losses, '_chunk_rows', lambda V, D: 7)
     h, u, y, w = example(dtype=dtype)
     g = torch.Generator().manual_seed(1)

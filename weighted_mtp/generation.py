@@ -32,19 +32,22 @@ class _Heads:
         x, before = x[:, :new], self.seen
         self.seen += new
         own = lambda v: self.cache if isinstance(v, Cache) else v # whatever the family calls it
-        rest, kw = [own(v) for v in rest], {k: own(v) for k, v in kw.items()} | dict(attention_mask=self._mask(new, before, x))
+        rest, kw = [own(v) for v in rest], {k: own(v) for k, v in kw.items()}
+        kw['attention_mask'] = self._mask(new, before, x)
         if (turns := kw.get('position_embeddings')) is not None: # cosine and sine; one complex tensor in some families
             kw['position_embeddings'] = turns[:, :new] if torch.is_tensor(turns) else tuple(t[:, :new] for t in turns)
         if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
         return torch.cat([block_states(h(x, *rest, **kw))[:, -1] for h in self.model.extra_heads])
 
-    def _mask(self, new, before, x): # the new see what was there, and each other backwards; as far as the block's window reaches
+    def _mask(self, new, before, x): # the new see what was there, and each other backwards, within the block's window
         c = self.model.backbone.config
         kind, window = c._attn_implementation, _window(c.get_text_config())
-        if kind not in ('eager', 'sdpa') or new == 1 and (window is None or before < window): return None # flash attention masks itself
+        sees_all = new == 1 and (window is None or before < window)
+        if sees_all or kind not in ('eager', 'sdpa'): return None # flash attention masks itself
         seen = torch.ones(new, before + new, dtype=torch.bool, device=x.device).tril(before)
         if window is not None: seen = seen.triu(before - window + 1)
-        if kind == 'eager': seen = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) # is added to the scores
+        if kind == 'eager': # is added to the scores
+            seen = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
         return seen[None, None]
 
 _LLAMA = {f'{n}.weight' for n in ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')}
@@ -116,8 +119,9 @@ class HeadCandidates(CandidateGenerator):
         except (MemoryError, torch.OutOfMemoryError): raise
         except Exception as e:
             self.model.can_draft = False
-            print(f"warning: {type(self.model.backbone).__name__} generates without drafts, one token a pass: its blocks cannot be run alone "
-                  f"({type(e).__name__}: {(str(e).splitlines() or [''])[0]})", flush=True)
+            why = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+            name = type(self.model.backbone).__name__
+            print(f"warning: {name} generates without drafts: its blocks cannot be run alone ({why})", flush=True)
             return ()
 
     def update_candidate_strategy(self, input_ids, scores, num_matches): self.accepted += int(num_matches)
@@ -171,7 +175,8 @@ def generate(
     room = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 1 << 30
     for i, x in enumerate(ids):
         if len(x) + 1 > room: raise NoRoom(f"Prompt {i+1} of {len(ids)} has {len(x)} tokens; the model has room for {room}, the answer included.")
-    drafting = self_speculative and isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1 and model.can_draft
+    drafting = self_speculative and isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1
+    drafting = drafting and model.can_draft
     how = dict(do_sample=temperature > 0, **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}), eos_token_id=tokenizer.eos_token_id,
                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}))
     was, out = model.training, [None]*len(ids)

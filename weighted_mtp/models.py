@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, LlamaConfig, LlamaTokenizerFast, PreTrainedConfig, PreTrainedModel
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, LlamaConfig,
+                          LlamaTokenizerFast, PreTrainedConfig, PreTrainedModel)
 from transformers.cache_utils import DynamicLayer
 from transformers.configuration_utils import SubConfigSpec
 from transformers.pytorch_utils import Conv1D
@@ -37,8 +38,8 @@ from .meta_format import converted, open_release, our_name, shards
 _MULTIPLIES, _DIVIDES = lambda field: lambda c: getattr(c, field), lambda field: lambda c: 1/getattr(c, field)
 _LOGIT_SCALES = { # model type: what it multiplies the product of hidden states and head by
     **dict.fromkeys(('cohere', 'cohere2', 'cohere2_moe', 'cohere_compass_text'), _MULTIPLIES('logit_scale')),
-    **dict.fromkeys(('granite', 'granite_swa', 'granitemoe', 'granitemoe_swa', 'granitemoehybrid', 'granitemoeshared', 'minicpm3'),
-                    _DIVIDES('logits_scaling')),
+    **dict.fromkeys(('granite', 'granite_swa', 'granitemoe', 'granitemoe_swa', 'granitemoehybrid', 'granitemoeshared',
+                     'minicpm3'), _DIVIDES('logits_scaling')),
     'hyperclovax': _MULTIPLIES('logits_scaling'), 'falcon_h1': _MULTIPLIES('lm_head_multiplier'),
     'inkling_text': _DIVIDES('logits_mup_width_multiplier')}
 _SOFTCAPS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')
@@ -51,8 +52,8 @@ def logit_terms(
     if not isinstance(backbone.get_output_embeddings(), nn.Linear):
         raise UserError(f"{name} has no linear layer as its language-model head: use a decoder of another family.")
     if getattr(c, 'output_router_logits', False):
-        raise UserError(f"{name}: output_router_logits = true adds the experts' load-balancing loss to the model's own, which the losses here "
-                        "do not have. Set it to false in the backbone's config.json.")
+        raise UserError(f"{name}: output_router_logits = true adds the experts' load balancing to the model's own "
+                        "loss, which the losses here do not have. Set it to false in the backbone's config.json.")
     scale = _LOGIT_SCALES.get(c.model_type, lambda c: 1.)(c)
     return scale, next((cap for f in _SOFTCAPS if (cap := getattr(c, f, None))), None)
 
@@ -63,10 +64,11 @@ def low_rank_terms(
     "Adapters as factors, so that no merged weight is made."
     if layer.disable_adapters or layer.merged: return None
     names = [a for a in layer.active_adapters if a in layer.lora_A]
+    if not names: return None
     def narrow(a):
         down = layer.lora_A[a]
         return layer.scaling[a]*down(layer.lora_dropout[a](hidden.to(down.weight.dtype)))
-    return (torch.cat([narrow(a) for a in names], -1), torch.cat([layer.lora_B[a].weight for a in names], -1)) if names else None
+    return torch.cat([narrow(a) for a in names], -1), torch.cat([layer.lora_B[a].weight for a in names], -1)
 
 # %% ../nbs/03_models.ipynb #fe21bba8
 class BackboneConfig(PreTrainedConfig):
@@ -96,7 +98,8 @@ class BackboneModel(PreTrainedModel):
             module, _, leaf = name.rpartition('.')
             return f'{module}.base_layer.{leaf}' if module in adapted else name
         ties = {now(a): now(b) for a, b in (type(self.backbone)._tied_weights_keys or {}).items()}
-        self.backbone._tied_weights_keys, self._tied_weights_keys = ties, {f'backbone.{a}': f'backbone.{b}' for a, b in ties.items()}
+        self.backbone._tied_weights_keys = ties
+        self._tied_weights_keys = {f'backbone.{a}': f'backbone.{b}' for a, b in ties.items()}
         for m in (self.backbone, self):
             if hasattr(m, 'all_tied_weights_keys'): m.all_tied_weights_keys = m.get_expanded_tied_weights_keys()
 
@@ -136,70 +139,74 @@ def final_norm(decoder): # the module after the last block, by any of the names 
     return next((m for n in _FINAL_NORMS if (m := getattr(decoder, n, None)) is not None), None)
 
 def _recurrent(name):
-    return (f"{name} keeps a recurrent state, which drafts of several tokens cannot be taken out of again: use a decoder of attention blocks, "
-            "such as Llama, Qwen or Mistral.")
+    return (f"{name} keeps a recurrent state, which drafts of several tokens cannot be taken out of again: use a "
+            "decoder of attention blocks, such as Llama, Qwen or Mistral.")
 
 def block_states(out): # a block's hidden states; some families return more beside them
     return out[0] if isinstance(out, tuple) else out
 
 # %% ../nbs/03_models.ipynb #5a1c0f07
-def _cannot_be_checked(model): return any(p.is_meta or isinstance(p, DTensor) for p in model.parameters()) # without weights, or sharded
-
-def _four_tokens(model, copies): # (ours, the backbone's own): (2, 4, n, V), (2, 4, V); the second row from enlarged hidden states
-    backbone, first = model.backbone, next(model.parameters())
-    ids = (7*torch.arange(4, device=first.device) + 3).remainder(len(backbone.get_input_embeddings().weight)).expand(2, 4)
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    hidden = model.heads_hidden(**inputs)
+def _four_tokens(model, copies): # (ours, the backbone's own): (2, 4, n, V), (2, 4, V)
+    backbone, policy, words = model.backbone, hasattr(model, 'extra_heads'), model.get_input_embeddings().weight
+    ids = (7*torch.arange(4, device=words.device) + 3).remainder(len(words)).expand(2, 4)
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    hidden = model.heads_hidden(**inputs, use_cache=False)
     hidden = hidden if copies else hidden[:, :, :1]
-    product = model.get_output_embeddings()(hidden[:1, :, 0]).abs().max()
-    size = torch.stack([torch.ones_like(product), 1e3/product.clamp(min=1e-3)])[:, None, None].to(hidden.dtype) # logits of 1 000
+    product = model.get_output_embeddings()(hidden[:1, :, 0]).abs().max().clamp(min=1e-3)
+    size = torch.stack([torch.ones_like(product), 1e3/product])[:, None, None].to(hidden.dtype) # row 2: logits of 1000
     def enlarge(module, args, out):
         out.last_hidden_state = out.last_hidden_state*size
         return out
     hook = backbone.get_decoder().register_forward_hook(enlarge)
-    try: out = backbone(**inputs | dict(use_cache=hasattr(model, 'extra_heads')))
+    try: out = backbone(**inputs, use_cache=policy)
     finally: hook.remove()
-    if hasattr(model, 'extra_heads') and not _only_attention(out.past_key_values): raise UserError(_recurrent(type(backbone).__name__))
+    if policy and not _only_attention(out.past_key_values): raise UserError(_recurrent(type(backbone).__name__))
     return model.compute_logits(hidden*size[..., None]).float(), out.logits.float()
 
 def _only_attention(cache): # keys and values, from which drafts that were wrong can be cut off
     return cache is None or type(cache) is DynamicCache and all(isinstance(x, DynamicLayer) for x in cache.layers)
+
+def _compare(name, ours, own, tolerance): # as `_four_tokens` gives them
+    V, head_V = own.shape[-1], ours.shape[-1]
+    if V != head_V: raise UserError(f"{name} cuts the {head_V} logits that its head computes to {V}: use another one.")
+    off, largest = (ours - own[:, :, None]).abs().amax((1, 3)), own.abs().amax((1, 2)) # (2, n), (2,)
+    fine = off <= tolerance*largest.clamp(min=1e-3)[:, None]
+    if fine.all(): return
+    k = 1 if fine[:, 0].all() else 0
+    row = off[:, k].argmax()
+    differ = f"differ by up to {off[row, k]:.2g} (largest logit {largest[row]:.2g}) from its own"
+    if k: raise UserError(f"{name}: its last block, run again as head 2, gives other logits; they {differ}.")
+    raise UserError(f"{name}: logits computed from its last hidden states {differ}. Between the two it does more "
+                    "than is known here (product with the head's weight, bias, scale, soft cap), so losses would be wrong. Use "
+                    "another backbone.")
 
 @torch.no_grad()
 def check_logits(
     model, # A policy or a value model
     copies:bool=False, # Whether heads 2 to n are still copies of the backbone's last block
 ):
-    "Compare a model's logits with its backbone's own. Raises `UserError` where they differ, naming the class and by how much."
-    model.checked = True
-    if _cannot_be_checked(model): return
-    name, first, modes = type(model.backbone).__name__, next(model.parameters()), [(m, m.training) for m in model.modules()]
+    "Compare a model's logits with its backbone's own. Raises `UserError`, with the class and by how much they differ."
+    model.checked, name, first = True, type(model.backbone).__name__, next(model.parameters())
+    if any(p.is_meta or isinstance(p, DTensor) for p in model.parameters()): return # without weights, or sharded
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.random.fork_rng([first.device] if first.is_cuda else []): ours, own = _four_tokens(model, copies)
     except (UserError, MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         what = f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[0]}"
-        raise UserError(f"{name} cannot be used as a backbone: its blocks or its head work in another way than those of Llama ({what}).") from e
+        why = f"its blocks or its head work in another way than Llama's ({what})"
+        raise UserError(f"{name} cannot be used as a backbone: {why}.") from e
     finally:
         for m, mode in modes: m.training = mode
-    if ours.shape[-1] != own.shape[-1]:
-        raise UserError(f"{name} cuts its logits to {own.shape[-1]} of the {ours.shape[-1]} that its head computes: use another backbone.")
-    off, size = (ours - own[:, :, None]).abs().amax((1, 3)), own.abs().amax((1, 2)) # (2, n), (2,)
-    small = size.clamp(min=1e-3)[:, None]*(1e-4 if first.dtype in (torch.float32, torch.float64) else 3e-2)
-    if (off <= small).all(): return
-    k = 0 if not (off[:, 0] <= small[:, 0]).all() else 1
-    worst = f"differ by up to {off[:, k].max():.2g} (largest logit {size[off[:, k].argmax()]:.2g})"
-    if k: raise UserError(f"{name}: its last block, run again as head 2, gives other logits; they {worst}. It cannot be a policy's backbone.")
-    raise UserError(f"{name}: logits computed from its last hidden states {worst} from its own. It does more there than multiply by the head's weight, "
-                    "add a bias, scale and soft-cap in the ways known here, so the loss would be wrong. Use another backbone.")
+    _compare(name, ours, own, 1e-4 if first.dtype in (torch.float32, torch.float64) else 3e-2)
 
 # %% ../nbs/03_models.ipynb #c72f1257
 class MTPConfig(BackboneConfig):
     "A backbone's config and how many tokens ahead its heads look."
     model_type = 'weighted_mtp'
     n_future_tokens: int = 4
-    def get_text_config(self, *args, **kw): return self.backbone_config.get_text_config() # what generation asks for layers and heads
+    def get_text_config(self, *args, **kw): return self.backbone_config.get_text_config() # for generation
 
 @dataclass
 class MTPOutput(ModelOutput):
@@ -233,8 +240,9 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         if getattr(self.backbone, '_is_stateful', False):
             raise UserError(_recurrent(name))
         if not hasattr(decoder, 'layers') or final_norm(decoder) is None:
-            raise UserError(f"{name} keeps its blocks in no `layers`, or has no final norm ({' or '.join(_FINAL_NORMS)}): use a decoder such as "
-                            "Llama, Qwen or Mistral.")
+            norms = ' or '.join(_FINAL_NORMS)
+            raise UserError(f"{name} keeps its blocks in no `layers`, or has no final norm ({norms}): use a "
+                            "decoder such as Llama, Qwen or Mistral.")
         return decoder.layers
 
     @classmethod
@@ -260,10 +268,10 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         finally: hook.remove()
         if n == 1: return out.last_hidden_state[:, :, None], out, (call['args'], call['kwargs'])
         norm = final_norm(decoder)
-        heads = [out.last_hidden_state] + [norm(block_states(h(*call['args'], **call['kwargs']))) for h in self.extra_heads[:n-1]]
-        return torch.stack(heads, 2), out, (call['args'], call['kwargs'])
+        ends = [block_states(h(*call['args'], **call['kwargs'])) for h in self.extra_heads[:n-1]]
+        return torch.stack([out.last_hidden_state, *map(norm, ends)], 2), out, (call['args'], call['kwargs'])
 
-    def prepare_inputs_for_generation(self, *args, **kwargs): # Phi 3 has its own, for instance; `generate` looks for the name kwargs
+    def prepare_inputs_for_generation(self, *args, **kwargs): # Phi 3 has its own; `generate` looks for the name kwargs
         own = type(self.backbone).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
         return (self.backbone if own else super()).prepare_inputs_for_generation(*args, **kwargs)
 
@@ -351,7 +359,8 @@ class ValueModel(BackboneModel):
         super().__init__(config)
         self._take(backbone)
         if config.lora: add_lora(self.backbone, config.lora); self._note_ties()
-        self.head = ValueHead(self.backbone.config.get_text_config().hidden_size, config.head, config.head_dropout, config.head_bias)
+        D = self.backbone.config.get_text_config().hidden_size
+        self.head = ValueHead(D, config.head, config.head_dropout, config.head_bias)
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, mask=None, with_logp=False, **kw):
@@ -359,7 +368,8 @@ class ValueModel(BackboneModel):
         hidden = self.backbone.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         if self.head.kind != 'surprise' and not with_logp: return ValueOutput(values=self.head(hidden))
         with torch.set_grad_enabled(torch.is_grad_enabled() and with_logp):
-            logp, gap = token_surprise(hidden, self.compute_logits, input_ids, torch.ones_like(input_ids) if mask is None else mask)
+            mask = torch.ones_like(input_ids) if mask is None else mask
+            logp, gap = token_surprise(hidden, self.compute_logits, input_ids, mask)
         return ValueOutput(values=self.head(hidden, torch.stack([logp, gap], -1).detach()), logp=logp if with_logp else None)
 
 # %% ../nbs/03_models.ipynb #1ac6e78f
@@ -369,7 +379,8 @@ def add_lora(
     backbone, # A `PreTrainedModel`; changed in place
     lora, # Dict or config section with r, alpha, dropout, target_modules
 ):
-    "Inject LoRA adapters with peft (Hu et al. 2021, arXiv 2106.09685); everything else is frozen. Raises `UserError` for what peft cannot adapt."
+    """Inject LoRA adapters with peft (Hu et al. 2021, arXiv 2106.09685); everything else is frozen. Raises `UserError`
+    for what peft cannot adapt."""
     if unknown := sorted(set(lora) - set(_LORA_KEYS)):
         raise UserError(f"model.lora.{unknown[0]} is not supported: allowed are {', '.join(_LORA_KEYS)}.")
     targets = lora['target_modules']
@@ -378,15 +389,17 @@ def add_lora(
     try: inject_adapter_in_model(config, backbone)
     except (ValueError, KeyError, re.error) as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"model.lora.target_modules = {targets}: {why} A list holds the last parts of layers' names (q_proj), a text is a regular "
-                        "expression for a layer's full name (.*q_proj) or all-linear.") from None
+        raise UserError(f"model.lora.target_modules = {targets}: {why} A list holds the last parts of layers' names "
+                        "(q_proj), a text is a regular expression for a layer's full name (.*q_proj) or "
+                        "all-linear.") from None
     _check_adapters(backbone, targets)
     return backbone
 
 def _check_adapters(backbone, targets): # what peft adapted, whatever the setting was called
     for name, m in backbone.named_modules():
         if isinstance(m, LoraLayer) and not isinstance(m.base_layer, (nn.Linear, nn.Embedding, Conv1D)):
-            raise UserError(f"model.lora.target_modules = {targets} adapts {name}, a {type(m.base_layer).__name__}: allowed are linear layers and embeddings.")
+            raise UserError(f"model.lora.target_modules = {targets} adapts {name}, a {type(m.base_layer).__name__}: "
+                            "allowed are linear layers and embeddings.")
 
 AutoConfig.register(ValueConfig.model_type, ValueConfig, exist_ok=True)
 AutoModel.register(ValueConfig, ValueModel, exist_ok=True)

@@ -228,9 +228,10 @@ def check_gradients(
     dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None and n not in untrained]
     if not dead: return
     more = f" and {len(dead)-1} others" if dead[1:] else ''
-    advice = "Leave its layer out of model.lora.target_modules" if '.lora_' in dead[0] else "Use model.tuning = lora or frozen"
-    raise UserError(f"The trainable parameter {dead[0]}{more} got no gradient in the first step: nothing in this pipeline's loss depends on it, so it "
-                    f"would keep its start value. {advice}, or choose a loss that uses it.")
+    advice = "Use model.tuning = lora or frozen"
+    if '.lora_' in dead[0]: advice = "Leave its layer out of model.lora.target_modules"
+    raise UserError(f"The trainable parameter {dead[0]}{more} got no gradient in the first step: nothing in "
+                    f"this pipeline's loss depends on it, so it would keep its start value. {advice}, or choose a loss that uses it.")
 
 # %% ../nbs/07_training.ipynb #2a014aa5
 @patch

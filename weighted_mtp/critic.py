@@ -100,6 +100,11 @@ class CriticObjective:
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
         self.model = build_value_model(backbone, config.model.tuning, config.model.lora, c.head, c.head_dropout, c.initial_value if c.value_weight else 0.)
         self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
+        self.untrained = set() if c.lm_weight or c.lm_first else self._language_head() # no loss reads it
+
+    def _language_head(self): # names of its parameters, but for adapters
+        head = {id(p) for n, p in self.model.get_output_embeddings().named_parameters() if 'lora_' not in n}
+        return {n for n, p in self.model.named_parameters() if id(p) in head}
 
     def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id)
 

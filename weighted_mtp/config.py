@@ -323,7 +323,7 @@ class Model:
     tuning: str = setting('lora', choices=('lora', 'frozen', 'full'))
     lora: Lora = field(default_factory=Lora)
     dtype: str = setting('bfloat16', choices=('bfloat16', 'float32'))
-    hidden_size: int = setting(128, '[1, 65536]') # micro only
+    hidden_size: int = setting(128, '[8, 65536]') # micro only
     n_layers: int = setting(4, '[1, 1024]') # micro only
     n_heads: int = setting(4, '[1, 1024]') # micro only
 
@@ -529,6 +529,8 @@ def _read_text(value, lines=False):
         raise ValueError('write it in quotes' if isinstance(value, (numbers.Number, type(None))) else '')
     if c := unprintable(value, lines): raise ValueError(f'it holds the character {c}')
     if len(value) > 4000: raise ValueError(f'it has {len(value)} characters, and 4000 are the most')
+    if not lines and max(len(part.encode()) for part in value.split('/')) > 255: # else asking for the file is an error
+        raise ValueError('no name of a file or folder in it may be longer than 255 bytes')
     if value.strip() == '???': raise ValueError("??? is OmegaConf's mark of a value that is missing")
     _check_references(value)
     return str(value)
@@ -668,6 +670,8 @@ def _relations(config): # values that are possible alone but not together
     if not e.benchmarks: yield "evaluation.benchmarks is empty: name at least one, such as [synthetic]."
     if config.model.hidden_size % config.model.n_heads:
         yield f"model.hidden_size = {config.model.hidden_size} is not a multiple of model.n_heads = {config.model.n_heads}."
+    elif (per_head := config.model.hidden_size//config.model.n_heads) % 2: # rotary positions turn pairs of numbers
+        yield f"model.hidden_size / model.n_heads = {per_head}: must be even."
     if config.model.n_future_tokens >= config.dataset.max_length:
         yield f"model.n_future_tokens = {config.model.n_future_tokens} looks past dataset.max_length = {config.dataset.max_length}: no sequence is that long."
     name = config.experiment.name

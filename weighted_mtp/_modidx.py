@@ -84,6 +84,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'weighted_mtp.config.locked': ('config.html#locked', 'weighted_mtp/config.py'),
                                      'weighted_mtp.config.nearest': ('config.html#nearest', 'weighted_mtp/config.py'),
                                      'weighted_mtp.config.parse_yaml': ('config.html#parse_yaml', 'weighted_mtp/config.py'),
+                                     'weighted_mtp.config.plain': ('config.html#plain', 'weighted_mtp/config.py'),
                                      'weighted_mtp.config.project_root': ('config.html#project_root', 'weighted_mtp/config.py'),
                                      'weighted_mtp.config.quoted': ('config.html#quoted', 'weighted_mtp/config.py'),
                                      'weighted_mtp.config.read_env_lines': ('config.html#read_env_lines', 'weighted_mtp/config.py'),

@@ -9,12 +9,12 @@ __all__ = ['SECRET_NAMES', 'ENV_HINT', 'PIPELINES', 'UserError', 'nearest', 'wri
            'DataSampling', 'Lora', 'Model', 'Critic', 'Training', 'Checkpoint', 'Evaluation', 'Fsdp', 'Distributed',
            'Mlflow', 'Config', 'config_keys', 'Setting', 'schema', 'Plain', 'read_whole', 'read_number', 'read_truth',
            'unprintable', 'allowed', 'read_value', 'parse_yaml', 'check_config', 'read_override', 'quoted',
-           'apply_overrides', 'load_config', 'to_yaml', 'steps_per_epoch', 'total_steps', 'Site', 'load_site']
+           'apply_overrides', 'load_config', 'to_yaml', 'plain', 'steps_per_epoch', 'total_steps', 'Site', 'load_site']
 
 # %% ../nbs/00_config.ipynb #6bdca220
 import copy, difflib, fcntl, io, json, math, numbers, os, re, time, tomllib, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
@@ -135,7 +135,7 @@ def read_env_lines(
     return [EnvLine(number(b), None if b.error or b.value is None else b.key, b.value or '', b.original.string.strip()) for b in found]
 
 # %% ../nbs/00_config.ipynb #a329b22d
-_DUMMY = re.compile(r"""(hf_)?[.…*x?_-]+ | <.*> | .*\$\{.*\}.*
+_DUMMY = re.compile(r"""(hf_)?[.…*x?_-]{2,} | [.…*?-] | <.*> | .*\$\{.*\}.*
     | .*your[ _-]?(\w+[ _-])*(token|key|password|user|username|name|secret|id)\b.* | .*your_\w*_here.*
     | (change|replace)[ _-]?(me|this) | todo | tbd | fixme | placeholder | insert[ _-].*here""", re.X | re.I | re.S)
 _DUMMY_AWS = re.compile(r'.*EXAMPLE(KEY)?') # the keys of Amazon's own documents
@@ -144,7 +144,7 @@ def _unreadable(line): # what is wrong with a line that dotenv does not read
     what = "cannot be read: expected NAME=value"
     name, _, value = line.text.removeprefix('export ').partition('=')
     if ':' in name or not _: return what + (', with = instead of :' if ':' in name else '')
-    if not re.fullmatch(r'\w+', name.strip(), re.ASCII): return what + ', with a name of letters, digits and _'
+    if not re.fullmatch(r'[A-Za-z_]\w*', name.strip(), re.ASCII): return what + ', with a name of letters, digits and _'
     if value.strip()[:1] in ('"', "'"): return what + r", and a value in quotes has to end with the quote it begins with (one inside of it is written \' or \")"
     return what
 
@@ -155,7 +155,7 @@ def _dummy(name, value, example): # whether a value only stands for one
 def _env_problem(line, before, example): # (what is wrong, whether the value is of no use), or None
     name, value = line.name, line.value
     if name is None: return _unreadable(line), True
-    if not re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII): return "cannot be read: a name has letters, digits and _", True
+    if not re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII): return _unreadable(line), True
     if '\0' in value: return f"{name} holds a character that no variable can hold", True
     if value and _dummy(name, value, example): return f"{name} looks like a placeholder: expected your own value", True
     if name not in SECRET_NAMES: return (f"{name} is there twice, first in line {before[name]}", False) if name in before else None
@@ -439,6 +439,7 @@ class Setting:
     key: str
     kind: Any # str, int, float, bool, a list of them, or str|list[str]
     optional: bool # May be null
+    default: Any = None
     within: Interval|None = None
     also: tuple = ()
     choices: tuple = ()
@@ -446,12 +447,13 @@ class Setting:
 
     def allows(self, number)->bool: return self.within is None or number in self.within or number in self.also
 
-def _setting(key, hint, metadata):
-    kind = metadata.get('kind') or hint
+def _setting(key, hint, f):
+    metadata, kind = f.metadata, f.metadata.get('kind') or hint
     types = [t for t in get_args(kind) if t is not type(None)]
     optional = type(None) in get_args(kind)
     known = {k: metadata[k] for k in ('within', 'also', 'choices', 'lines') if k in metadata}
-    return Setting(key, types[0] if optional else kind, optional, **known)
+    default = f.default if f.default is not MISSING else f.default_factory()
+    return Setting(key, types[0] if optional else kind, optional, default, **known)
 
 @lru_cache(1)
 def schema()->dict[str, Setting]: # By dotted key
@@ -460,7 +462,7 @@ def schema()->dict[str, Setting]: # By dotted key
         hints = get_type_hints(cls)
         for f in fields(cls):
             if is_dataclass(hints[f.name]): yield from of(hints[f.name], f'{prefix}{f.name}.')
-            else: yield prefix+f.name, _setting(prefix+f.name, hints[f.name], f.metadata)
+            else: yield prefix+f.name, _setting(prefix+f.name, hints[f.name], f)
     return dict(of(Config))
 
 # %% ../nbs/00_config.ipynb #038a59a9
@@ -547,7 +549,9 @@ def _read(kind, value, setting): # raises ValueError; its text, if any, is a hin
         if not isinstance(value, str) and not isinstance(value, os.PathLike): kind = list[str]
         else: kind = str
         if not value: raise ValueError
-    if kind is str: return _read_text(value, setting.lines)
+    if kind is str:
+        if value == '' and setting.default: raise ValueError('it is empty')
+        return _read_text(value, setting.lines)
     if isinstance(value, str) and _REFERENCE.fullmatch(value.strip()):
         _check_references(value)
         return str(value.strip())
@@ -582,7 +586,8 @@ def read_value(
     value, # Text as typed (`Plain`), text in quotes (`str`), or a Python object
 ): # Of the setting's type; a reference as it was written
     "Read a value as its field's type says. Raises `UserError` naming key, value and what is allowed."
-    if setting.optional and (value is None or isinstance(value, Plain) and value.strip() in _NULLS): return None
+    nothing = value is None or isinstance(value, str) and value == '' or isinstance(value, Plain) and value.strip() in _NULLS
+    if setting.optional and nothing: return None
     try: read = _read(setting.kind, value, setting)
     except ValueError as e:
         hint = f' ({e})' if str(e) else ''
@@ -790,7 +795,7 @@ def apply_overrides(
     if isinstance(overrides, str): overrides = [overrides]
     if not isinstance(overrides, (list, tuple)): raise UserError(f"overrides = {_shown(overrides)}: must be a list of key=value.")
     values = dict(map(read_override, overrides))
-    where = ' '.join(f'--override {o}' for o in overrides) or 'config'
+    where = ' '.join(f'--override {_shown(Plain(o))}' for o in overrides) or 'config'
     return check_config(_merge(_as_config(config), values, where), where)
 
 # %% ../nbs/00_config.ipynb #bdb5b181
@@ -825,6 +830,12 @@ def to_yaml(
 )->str: # YAML with every reference resolved
     "The resolved config as text, as run records keep it."
     return OmegaConf.to_yaml(config, resolve=True)
+
+def plain(
+    section, # A section of a config
+)->dict: # Of dicts, lists and single values, references resolved
+    "A section for a library that knows nothing of OmegaConf, such as peft."
+    return OmegaConf.to_container(section, resolve=True)
 
 # %% ../nbs/00_config.ipynb #09c3cca3
 def steps_per_epoch(

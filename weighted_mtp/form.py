@@ -152,7 +152,7 @@ class LaunchForm:
 
     def _one_a_line(self, overrides):
         for o in overrides:
-            if not isinstance(o, str) or '\n' in o: raise UserError(f"override {o!r}: write key=value, in one line.")
+            if not isinstance(o, str) or '\n' in o: raise UserError(f"overrides = {o!r}: write key=value, in one line.")
         return overrides
 
     def _adder(self): # an override's key, completed from the schema

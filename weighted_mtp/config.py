@@ -819,7 +819,7 @@ def load_config(
     text = read_utf8(_config_file(path), path)
     try: data, lines = parse_yaml(text)
     except ValueError as e: raise UserError(f"{path} is not YAML: {e}.") from None
-    data = {} if data is None else data # an empty file sets nothing
+    if data is None or data == '': data = {} # an empty file sets nothing
     if not isinstance(data, dict): raise UserError(f"{path} must hold sections such as 'training:', not {'a list' if isinstance(data, list) else 'one text'}.")
     config = check_config(_merge_tree(_defaults(), data, str(path), lines), str(path))
     return apply_overrides(config, overrides) if overrides else config

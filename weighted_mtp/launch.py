@@ -213,6 +213,7 @@ def launch(
 
 # %% ../nbs/13_launch.ipynb #e94d8396
 def _known_fields(request): # raises `UserError` for a field that no request has
+    if not isinstance(request, dict): raise UserError(f"{request!r}: must be a dict of {', '.join(DEFAULTS)}.")
     unknown = [f"unknown field '{k}'.{nearest(str(k), DEFAULTS)}" for k in request if k not in DEFAULTS]
     if unknown: raise UserError('\n'.join([*unknown, f"Fields of a request are {', '.join(DEFAULTS)}."]))
     return {**DEFAULTS, **request}
@@ -273,7 +274,9 @@ def workflow(
         try:
             requests.append(_known_fields(stage))
             make_plan(**requests[-1])
-        except UserError as e: raise UserError(f"Stage {i} of the workflow ({stage.get('pipeline')}): {e}") from None
+        except UserError as e:
+            pipeline = stage.get('pipeline') if isinstance(stage, dict) else '?'
+            raise UserError(f"Stage {i} of the workflow ({pipeline}): {e}") from None
     for i, r in enumerate(requests, 1):
         r = _with_checkpoint(r, made)
         run, earlier = _stage(r, skip)

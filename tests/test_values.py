@@ -49,7 +49,8 @@ OVERRIDES = [ # as typed, and what it has to come to; first the cases of the iss
     ('training.learning_rate', '1e-5', 1e-5),
     # text keeps its characters, whatever YAML would make of them
     *[('experiment.name', t, t) for t in ('1:30', '0x10', '12:30:45', 'yes', 'null', '~', 'NaN', '.inf', '1_000', '0b1',
-        '2026-11-26', '=', '- a', 'a: b', 'a #b', '!x', '*a', '&a', '@x', '%x', '{a}', '[a]', "it's", 'a "b"', 'x | y')],
+        '2026-11-26', '=', '- a', 'a: b', 'a #b', '!x', '*a', '&a', '@x', '%x', '{a}', '[a]', "it's", 'a "b"',
+        'x | y')],
     ('experiment.name', '"a b "', 'a b '), ('experiment.name', "'it''s'", "it's"), ('experiment.name', ' x ', 'x'),
     ('experiment.name', r'"\u00e9"', 'é'), ('experiment.name', '', REFUSED), ('experiment.name', '"a', REFUSED),
     ('experiment.critic_checkpoint', 'null', NULL), ('experiment.critic_checkpoint', '', NULL),
@@ -58,7 +59,8 @@ OVERRIDES = [ # as typed, and what it has to come to; first the cases of the iss
     # whole numbers
     ('training.max_steps', '1_000', 1000), ('training.max_steps', '1000.0', 1000), ('training.max_steps', '-1', -1),
     ('training.seed', '007', 7), ('training.seed', '4294967295', 2**32 - 1), ('training.seed', '4294967296', REFUSED),
-    *[('training.max_steps', t, REFUSED) for t in ('0', '-2', '1e-3', '1e99', 'true', '1__0', '1:30', '0x10', '', 'null')],
+    *[('training.max_steps', t, REFUSED) for t in ('0', '-2', '1e-3', '1e99', 'true', '1__0', '1:30', '0x10', '',
+                                                   'null')],
     ('training.cpu_threads', 'null', NULL), ('training.cpu_threads', '', NULL), ('training.cpu_threads', '0', REFUSED),
     # numbers
     ('training.beta', '1_000.5', 1000.5), ('training.beta', '.5', .5), ('training.beta', '2', 2.),
@@ -74,8 +76,10 @@ OVERRIDES = [ # as typed, and what it has to come to; first the cases of the iss
     ('evaluation.ks', '[1e0]', [1]), ('evaluation.ks', '[1.5]', REFUSED), ('evaluation.ks', '[]', REFUSED),
     ('model.lora.target_modules', 'all-linear', 'all-linear'), ('model.lora.target_modules', '.*(q|v)', '.*(q|v)'),
     ('model.lora.target_modules', '["q_proj"]', ['q_proj']), ('model.lora.target_modules', '[]', REFUSED),
-    ('data_sampling.difficulty_weights', '[1, .inf, 1]', REFUSED), ('data_sampling.curriculum', '[[1, 1, nan]]', REFUSED),
-    ('data_sampling.difficulty_weights', '[1, -1, 1]', REFUSED), ('data_sampling.difficulty_weights', '[1, [1], 1]', REFUSED),
+    ('data_sampling.difficulty_weights', '[1, .inf, 1]', REFUSED),
+    ('data_sampling.curriculum', '[[1, 1, nan]]', REFUSED),
+    ('data_sampling.difficulty_weights', '[1, -1, 1]', REFUSED),
+    ('data_sampling.difficulty_weights', '[1, [1], 1]', REFUSED),
     ('data_sampling.curriculum', '[[1, 2, 3], [0, 0, 1e0]]', [[1., 2., 3.], [0., 0., 1.]])]
 
 def test_override_values():
@@ -105,8 +109,10 @@ def keys_of(cls=Config, prefix=''): # from the dataclasses alone, not by the cod
 
 KEYS = list(keys_of())
 TEXT = ('a', '007', 'on', '1e5', '2026_11_26', '12:30:45', 'ä 😀', 'x/y #1', '-a', 'a=b')
-NO_TEXT = ('a\tb', 'a\nb', '???', '${nothing.here}', '${oc.env:HOME}', '${', 'a\\${experiment.name}', '\ud800', 'x'*5000)
-ANYTHING = ([1], {'a': 1}, b'x', object(), ['a', ['b']], math.nan, math.inf, -math.inf, 1e300, 10**40, -10**40, 1.5, True,
+NO_TEXT = ('a\tb', 'a\nb', '???', '${nothing.here}', '${oc.env:HOME}', '${', 'a\\${experiment.name}', '\ud800',
+           'x'*5000)
+ANYTHING = ([1], {'a': 1}, b'x', object(), ['a', ['b']], math.nan, math.inf, -math.inf, 1e300, 10**40, -10**40, 1.5,
+            True,
             None, '', 'x y', '[1', "'", '"', [], [[]], [None], {}, 1 + 2j, range(3), *NO_TEXT)
 TRUTH = dict(true=True, Yes=True, on=True, false=False, no=False, OFF=False)
 NO_NUMBERS = ('inf', '-inf', 'nan', '.inf', '.nan', 'true', '1:30', '0x10', 'two', '1e999', '1__0')
@@ -140,7 +146,7 @@ def test_every_field():
             assert read_override(f'{key}={typed(x)}') == (key, right)
         for x in bad:
             message = told(read_override, f'{key}={typed(x)}')
-            assert message.startswith(f"override '{key}={typed(x)}': {key} = ") and len(message.splitlines()) == 1, message
+            assert message.startswith(f"override '{key}={typed(x)}': {key} = ") and '\n' not in message, message
             assert 'must be' in message or 'allowed are' in message, message
 
 def nested(key, value):
@@ -185,10 +191,12 @@ def test_limits_are_those_of_torch_peft_and_numpy():
     from peft import LoraConfig
     def high(key): return schema()[key].within.high
     for key in ('training.seed', 'data_sampling.seed'):
-        for seed in (schema()[key].within.low, high(key)): np.random.default_rng(seed), np.random.seed(seed), torch.manual_seed(seed)
+        for seed in (schema()[key].within.low, high(key)):
+            np.random.default_rng(seed), np.random.seed(seed), torch.manual_seed(seed)
         with pytest.raises(ValueError): np.random.seed(high(key) + 1)
     below, p = math.nextafter(1, 0), [torch.nn.Parameter(torch.ones(1))]
-    torch.optim.AdamW(p, lr=high('training.learning_rate'), betas=(below, below), weight_decay=high('training.weight_decay'))
+    torch.optim.AdamW(p, lr=high('training.learning_rate'), betas=(below, below),
+                      weight_decay=high('training.weight_decay'))
     with pytest.raises(ValueError): torch.optim.AdamW(p, betas=(high('training.adam_beta1'), .9))
     with pytest.raises(ValueError): torch.nn.Dropout(math.nextafter(high('model.lora.dropout'), 2))
     lora = plain(apply_overrides({}, ['model.lora.target_modules=["q_proj", v_proj]']).model.lora)
@@ -215,7 +223,8 @@ training:
 critic: {}
 '''
 IN_STYLES = {'experiment.name': '2026_11_26', 'experiment.description': 'on', 'experiment.critic_checkpoint': None,
-    'experiment.reference_checkpoint': 'null', 'dataset.train': '007', 'dataset.validation': '1e5', 'dataset.test': None,
+    'experiment.reference_checkpoint': 'null', 'dataset.train': '007', 'dataset.validation': '1e5',
+    'dataset.test': None,
     'model.backbone': '0x10', 'model.tokenizer': 'yes', 'model.lora.target_modules': ['q_proj', '1e5'],
     'evaluation.benchmarks': ['mbpp', '007', '12:30:45'], 'evaluation.tokenizer': None, 'mlflow.experiment': '1:30'}
 
@@ -234,10 +243,12 @@ def test_references():
                              'training.log_every=${training.batch_size}', 'training.batch_size=3'])
     assert (c.checkpoint.save_dir, c.training.log_every) == ('out/critic/a', 3)
     for override, says in (
-            ('training.log_every=${training.beta}', 'training.log_every'), ('training.seed=${training.max_steps}', 'training.seed = -1'),
+            ('training.log_every=${training.beta}', 'training.log_every'),
+            ('training.seed=${training.max_steps}', 'training.seed = -1'),
             ('experiment.name=${experiment.name}', 'experiment.name'), ('experiment.name=${training}', 'unknown key'),
             ('training.seed=${experiment.name}', 'training.seed'), ('training.seed=a${training.seed}', 'training.seed'),
-            ('experiment.name=${training.sed}', "Did you mean 'training.seed'"), ('evaluation.benchmarks=["${x}"]', 'unknown key')):
+            ('experiment.name=${training.sed}', "Did you mean 'training.seed'"),
+            ('evaluation.benchmarks=["${x}"]', 'unknown key')):
         assert says in told(apply_overrides, {}, [override]), override
 
 FILES = [ # what is in it, and what is said of it
@@ -251,7 +262,8 @@ FILES = [ # what is in it, and what is said of it
     (b'training.seed: 3', 'write it as a section'), (b'trainig: {}', "Did you mean 'training'"),
     (b'training: {sed: 3}', "Did you mean 'training.seed'"), (b'? [a]\n: b', 'one word'), (b'1: 2', "unknown key '1'"),
     (b'training: &t {seed: *t}', 'holds itself'), (b'training: {<<: {seed: 1}}', 'merge keys'),
-    (b'experiment: {name: ' + b'x'*5000 + b'}', '4000'), (b'training: {seed: 1' + b'0'*5000 + b'}', 'training.seed = 1000')]
+    (b'experiment: {name: ' + b'x'*5000 + b'}', '4000'),
+    (b'training: {seed: 1' + b'0'*5000 + b'}', 'training.seed = 1000')]
 
 def test_bad_files(tmp_path):
     for content, says in FILES:
@@ -267,7 +279,8 @@ def test_bad_files(tmp_path):
 def test_files_of_windows_and_empty_ones(tmp_path):
     (tmp_path/'my.yaml').write_bytes(b'\xef\xbb\xbftraining:\r\n  seed: 3\r\n')
     assert load_config(tmp_path/'my.yaml').training.seed == 3
-    for text in ('', '# nothing\n', '---\n', 'training:\n# seed: 3\n'): assert from_file(tmp_path, text).training.seed == 42
+    for text in ('', '# nothing\n', '---\n', 'training:\n# seed: 3\n'):
+        assert from_file(tmp_path, text).training.seed == 42
 
 def test_python_values():
     import numpy as np
@@ -276,28 +289,34 @@ def test_python_values():
     assert (c.training.seed, c.training.beta, c.training.max_steps) == (3, .5, 1000)
     assert (c.experiment.critic_checkpoint, c.experiment.name) == ('a/b.pt', 'null')
     c.training.seed = -1 # set by hand, so found when next used
-    for bad, says in (({'experiment': {'name': 7}}, 'write it in quotes'), ({'training': {'seed': '\u0663'}}, 'whole number'),
-                      ({'training': {'beta': np.array([1.])}}, 'a number'), ({'training': {'head_learning_rate': np.array([])}}, 'a number'),
-                      ({'experiment': {'name': None}}, 'experiment.name = None'), ({3: 4}, "unknown key '3'"), ('x', 'config'),
+    for bad, says in (({'experiment': {'name': 7}}, 'write it in quotes'),
+                      ({'training': {'seed': '\u0663'}}, 'whole number'),
+                      ({'training': {'beta': np.array([1.])}}, 'a number'),
+                      ({'training': {'head_learning_rate': np.array([])}}, 'a number'),
+                      ({'experiment': {'name': None}}, 'experiment.name = None'), ({3: 4}, "unknown key '3'"),
+                      ('x', 'config'),
                       (3, 'config'), (c, 'training.seed = -1')):
         assert says in told(apply_overrides, bad)
     for overrides in (5, {'training.seed': 1}, [None], [5], ['=1'], [''], [b'training.seed=1']):
         assert 'key=value' in told(apply_overrides, {}, overrides)
 
 def test_no_message_repeats_a_secret(here, tmp_path):
-    for override in ('mlflow.tracking_uri=http://me:geheim@host', 'experiment.nam=not-real-hf_token', 'training.seed=not-real-hf_token'):
+    for override in ('mlflow.tracking_uri=http://me:geheim@host', 'experiment.nam=not-real-hf_token',
+                     'training.seed=not-real-hf_token'):
         message = told(apply_overrides, {}, [override])
         assert 'geheim' not in message and 'not-real-hf' not in message and '***' in message
     assert 'not-real-hf' not in told(from_file, tmp_path, 'training: {seed: not-real-hf_token}')
 
 # ---- requests, by every entry point
 
-AWKWARD = ['a b', ' a', 'a ', 'a "b" \'c\'', "it's", 'a\\b\\', 'a=b', 'a: b', '# a', 'a #b', '50% %(x)s', '$HOME $(x) `x`',
+AWKWARD = ['a b', ' a', 'a ', 'a "b" \'c\'', "it's", 'a\\b\\', 'a=b', 'a: b', '# a', 'a #b', '50% %(x)s',
+           '$HOME $(x) `x`',
     'ä ß ü', '😀 👨\u200d👩\u200d👧', '-x', '--override', '', 'null', '~', 'on', '007', '1e5', '12:30:45', '2026_11_26',
     '[a, b]', '{a: b}', '!x *a &b', '|', '"', 'a training.seed=1', 'a b=c', '\u00a0a', 'abc/' + 'x/'*148]
 NEVER = ['${x}', '\x00', '\u2028', '???', '\ud800'] # in no text
 NOT_EVERYWHERE = ['a\nb', 'a\tb', 'x'*300] # in a description only
-FIELDS = ('experiment.description', 'dataset.train', 'experiment.reference_checkpoint', 'evaluation.tokenizer', 'mlflow.experiment',
+FIELDS = ('experiment.description', 'dataset.train', 'experiment.reference_checkpoint', 'evaluation.tokenizer',
+          'mlflow.experiment',
           'checkpoint.save_dir', 'model.backbone')
 
 def through_yaml_and_shell(plan): # as VESSL does: parsed, dumped, parsed; then a shell's words
@@ -332,14 +351,16 @@ def test_round_trip(here):
     from weighted_mtp.launch import make_plan
     for text in AWKWARD:
         empty = {f for f in FIELDS if text == '' and schema()[f].default}
-        asked = dict(pipeline='verifiable', ngpus=1, overrides=[f'{f}={quoted(text)}' for f in FIELDS if f not in empty])
+        asked = dict(pipeline='verifiable', ngpus=1,
+                     overrides=[f'{f}={quoted(text)}' for f in FIELDS if f not in empty])
         if text == text.strip() != '': asked['critic_checkpoint'] = text
         plan = make_plan(**asked)
         config = through_yaml_and_shell(plan)
         for f in (*FIELDS, *(['experiment.critic_checkpoint'] if 'critic_checkpoint' in asked else [])):
             right = None if text == '' and schema()[f].optional else text
             if f not in empty: assert flatten(plan.resolved)[f] == right == get(config, f), (f, text)
-        for request in (injected(asked), by_command(asked), LaunchForm(**asked).request): assert make_plan(**request) == plan, text
+        for request in (injected(asked), by_command(asked), LaunchForm(**asked).request):
+            assert make_plan(**request) == plan, text
         for f in empty: assert 'is empty' in told(make_plan, 'critic', 1, overrides=[f'{f}='])
     for text in (*NEVER, *NOT_EVERYWHERE):
         for f in FIELDS:
@@ -365,21 +386,27 @@ def test_names_and_records(here):
 
 def test_a_workflow_names_the_stage(here):
     from weighted_mtp.launch import workflow
-    for stages, says in (([dict(pipeline='critic', ngpu=1)], "Stage 1 of the workflow (critic): unknown field 'ngpu'. Did you mean 'ngpus'"),
-                         (['critic'], 'Stage 1 of the workflow'), ([dict(ngpus=1)], 'pipeline is missing'), ('critic', 'Stage 1')):
+    for stages, says in (([dict(pipeline='critic', ngpu=1)],
+                          "Stage 1 of the workflow (critic): unknown field 'ngpu'. Did you mean 'ngpus'"),
+                         (['critic'], 'Stage 1 of the workflow'), ([dict(ngpus=1)], 'pipeline is missing'),
+                         ('critic', 'Stage 1')):
         assert says in told(workflow, stages)
 
 def test_a_workflow_leaves_a_given_checkpoint_alone():
     from weighted_mtp.launch import _with_checkpoint
     made = dict(verifiable={'experiment.critic_checkpoint': 'new.pt'})
-    for given in ('experiment.critic_checkpoint=mine.pt', 'experiment.critic_checkpoint = mine.pt', '["experiment.critic_checkpoint=mine.pt"]'):
+    for given in ('experiment.critic_checkpoint=mine.pt', 'experiment.critic_checkpoint = mine.pt',
+                  '["experiment.critic_checkpoint=mine.pt"]'):
         assert _with_checkpoint(dict(pipeline='verifiable', overrides=given), made)['overrides'] == given
-    added = _with_checkpoint(dict(pipeline='verifiable', overrides=None), dict(verifiable={'experiment.critic_checkpoint': ' odd'}))
+    added = _with_checkpoint(dict(pipeline='verifiable', overrides=None),
+                             dict(verifiable={'experiment.critic_checkpoint': ' odd'}))
     assert read_override(added['overrides'][0])[1] == ' odd'
 
 TWO = ['training.learning_rate=1e-5', 'training.max_steps=3']
-LISTS = ['["training.learning_rate=1e-5", "training.max_steps=3"]', '["training.learning_rate=1e-5","training.max_steps=3"]',
-         "['training.learning_rate=1e-5', 'training.max_steps=3']", '[training.learning_rate=1e-5, training.max_steps=3]',
+LISTS = ['["training.learning_rate=1e-5", "training.max_steps=3"]',
+         '["training.learning_rate=1e-5","training.max_steps=3"]',
+         "['training.learning_rate=1e-5', 'training.max_steps=3']",
+         '[training.learning_rate=1e-5, training.max_steps=3]',
          ' '.join(TWO), '\n'.join(TWO) + '\n', '\r\n'.join(TWO), '  '.join(TWO), TWO]
 
 def test_overrides_in_any_form(here):
@@ -397,7 +424,8 @@ def test_overrides_in_any_form(here):
     for given, says in (('["training.seed=1"', 'begins like a list'), ('[5]', 'key=value'), ('[[1]]', 'key=value'),
                         (5, 'key=value'), ({'training.seed': 1}, 'key=value'), ('training.seed', 'key=value'),
                         (['experiment.description=a training.seed=1'], 'give each override by itself'),
-                        (['training.seed=1\ntraining.beta=2'], 'one line'), ('seed=1', "unknown key 'seed'. Did you mean")):
+                        (['training.seed=1\ntraining.beta=2'], 'one line'),
+                        ('seed=1', "unknown key 'seed'. Did you mean")):
         assert says in told(make_plan, 'critic', 1, overrides=given), given
 
 def test_what_papermill_makes_of_text(here):
@@ -411,15 +439,18 @@ def test_what_papermill_makes_of_text(here):
             assert message.startswith(f'{field} = ') and f'-r {field} TEXT' in message
     raw = injected(dict(pipeline='verifiable', ngpus='2', critic_checkpoint='007', dry_run='True', batch_size='1e1'))
     plan = make_plan(**raw)
-    assert (get(OmegaConf.create(plan.resolved), 'experiment.critic_checkpoint'), plan.batch_size, plan.request['ngpus']) == ('007', 10, 2)
+    assert (get(OmegaConf.create(plan.resolved), 'experiment.critic_checkpoint'), plan.batch_size,
+            plan.request['ngpus']) == ('007', 10, 2)
 
 def test_a_path_in_the_parameters_cell_is_not_dropped():
     from weighted_mtp.launch import notebook_request
-    assert notebook_request(dict(pipeline='critic', critic_checkpoint=Path('a.pt'), other=Path('b')))['critic_checkpoint'] == Path('a.pt')
+    assert notebook_request(dict(pipeline='critic', critic_checkpoint=Path('a.pt'),
+                                 other=Path('b')))['critic_checkpoint'] == Path('a.pt')
 
 def test_numbers_of_requests(here):
     from weighted_mtp.launch import make_plan
-    for value in (10, '10', '1e1', 10.0, ' 10 ', '1_0'): assert make_plan('critic', 2, batch_size=value).batch_size == 10
+    for value in (10, '10', '1e1', 10.0, ' 10 ', '1_0'):
+        assert make_plan('critic', 2, batch_size=value).batch_size == 10
     assert make_plan('critic', '2', effective_batch='2.4e1').effective_batch == 24
     for value in (0, -1, 1.5, True, '', 'ten', math.inf, math.nan, [1], '1e9', 10**12):
         assert re.search('batch_size = .*must be a whole number', told(make_plan, 'critic', 1, batch_size=value)), value
@@ -440,7 +471,8 @@ def test_form(here):
         assert make_plan(**form.request) == right, text
     form.fields['overrides'].value = ' '.join(TWO) # one a line: this is one, of two
     assert 'give each override by itself' in told(make_plan, **form.request)
-    for field, value in (('pipeline', 'critc'), ('ngpus', 8), ('ngpus', 2.5), ('target', 'moon'), ('dry_run', 'perhaps'),
+    for field, value in (('pipeline', 'critc'), ('ngpus', 8), ('ngpus', 2.5), ('target', 'moon'),
+                         ('dry_run', 'perhaps'),
                          ('overrides', ['a\nb']), ('overrides', [5]), ('nope', 1)):
         assert field in told(LaunchForm, **{field: value}), field
 
@@ -487,15 +519,19 @@ def test_site(tmp_path):
         message = told(changed, field, 'https://me:geheim@host/x')
         assert field in message and 'geheim' not in message
     assert "Did you mean 'checkpoints'" in told(changed, 'exports', 'checkpoint, mlruns')
-    for text, encoding, says in (('[DEFAULT', 'utf-8', 'ini file'), (good, 'utf-16', 'UTF-8'), ('x = 1\n', 'utf-8', 'ini file'),
-                                 (good.replace('cluster', 'clutser'), 'utf-8', "Did you mean 'cluster'"), ('', 'utf-8', 'missing'),
-                                 (good + '\ncluster = x\n', 'utf-8', 'cluster'), (good.replace('DEFAULT', 'site'), 'utf-8', '[DEFAULT]')):
+    for text, encoding, says in (('[DEFAULT', 'utf-8', 'ini file'), (good, 'utf-16', 'UTF-8'),
+                                 ('x = 1\n', 'utf-8', 'ini file'),
+                                 (good.replace('cluster', 'clutser'), 'utf-8', "Did you mean 'cluster'"),
+                                 ('', 'utf-8', 'missing'),
+                                 (good + '\ncluster = x\n', 'utf-8', 'cluster'),
+                                 (good.replace('DEFAULT', 'site'), 'utf-8', '[DEFAULT]')):
         assert says in told(site, text, encoding)
 
 def test_awkward_sites_survive_vessl(here):
     from weighted_mtp.launch import make_plan
     good = text = (here/'settings.ini').read_text()
-    for field, value in dict(git_ref='0123', image='yes', cluster='12:30:45', preset_1gpu='1e5', aws_region='on', organization='~',
+    for field, value in dict(git_ref='0123', image='yes', cluster='12:30:45', preset_1gpu='1e5', aws_region='on',
+                             organization='~',
                              mlflow_uri='http://x/%20#a').items(): text = with_field(text, field, value)
     try:
         (here/'settings.ini').write_text(text)
@@ -508,23 +544,30 @@ def test_awkward_sites_survive_vessl(here):
 # ---- .env
 
 P = 'MLFLOW_TRACKING_PASSWORD'
-DUMMIES = ('...', '…', '<token>', 'changeme', 'CHANGE_ME', 'change-me', 'xxx', 'hf_xxxxxxxx', 'your_token_here', 'YOUR-TOKEN', 'HF_TOKEN',
+DUMMIES = ('...', '…', '<token>', 'changeme', 'CHANGE_ME', 'change-me', 'xxx', 'hf_xxxxxxxx', 'your_token_here',
+           'YOUR-TOKEN', 'HF_TOKEN',
            '***', 'todo', 'placeholder', '<your key>', '"a b"', 'hf_abc\u200b', 'hf_ä')
 ENV = [ # text, what is read, lines that are named; first the cases of the issue
     (f'{P}: x\n', {}, [1]), (f"export {P}='it''s'\nHF_TOKEN=abc\n", dict(HF_TOKEN='abc'), [1]),
     ('HF_TOKEN=hf_xxx your token here\n', {}, [1]), (f'{P}=ab$cd\n', {P: 'ab$cd'}, []),
     (f'# a comment\n\n\n{P} x\nOTHER=1\n', dict(OTHER='1'), [4]), ('HF_TOKEN\n', {}, [1]),
     (f'{P}="abc\nHF_TOKEN=abc\n', dict(HF_TOKEN='abc'), [1]), (f"{P}='abc\nHF_TOKEN=abc\n", dict(HF_TOKEN='abc'), [1]),
-    ('MY NAME=x\nA-B=x\n1A=x\n=x\nHF_TOKEN=abc', dict(HF_TOKEN='abc'), [1, 2, 3, 4]), ('"A B"=x\nHF_TOKEN=abc', dict(HF_TOKEN='abc'), [1]),
-    ('\ufeffHF_TOKEN=abc\r\n\r\nOTHER: 1\r\nAWS_DEFAULT_REGION = eu\r\n', dict(HF_TOKEN='abc', AWS_DEFAULT_REGION='eu'), [3]),
-    ('HF_TOKEN=abc\nHF_TOKEN=def\n', dict(HF_TOKEN='def'), [2]), ('OTHER=abc\nexport OTHER=abc\n', dict(OTHER='abc'), [2]),
+    ('MY NAME=x\nA-B=x\n1A=x\n=x\nHF_TOKEN=abc', dict(HF_TOKEN='abc'), [1, 2, 3, 4]),
+    ('"A B"=x\nHF_TOKEN=abc', dict(HF_TOKEN='abc'), [1]),
+    ('\ufeffHF_TOKEN=abc\r\n\r\nOTHER: 1\r\nAWS_DEFAULT_REGION = eu\r\n', dict(HF_TOKEN='abc', AWS_DEFAULT_REGION='eu'),
+     [3]),
+    ('HF_TOKEN=abc\nHF_TOKEN=def\n', dict(HF_TOKEN='def'), [2]),
+    ('OTHER=abc\nexport OTHER=abc\n', dict(OTHER='abc'), [2]),
     (f'{P}="two words # $x"\n', {P: 'two words # $x'}, []), (f"{P}='a\"b'\n", {P: 'a"b'}, []),
-    (f'{P}=two words\n', {P: 'two words'}, [1]), (f'{P}=ab#cd # a comment\n', {P: 'ab#cd'}, []), (f'{P}=${{HOME}}\n', {}, [1]),
+    (f'{P}=two words\n', {P: 'two words'}, [1]), (f'{P}=ab#cd # a comment\n', {P: 'ab#cd'}, []),
+    (f'{P}=${{HOME}}\n', {}, [1]),
     (f'{P}="a\nb"\n', {}, [1]), (f'{P}=p=q\n', {P: 'p=q'}, []), ('HF_TOKEN=\nAWS_DEFAULT_REGION=\n', {}, []),
     *[(f'HF_TOKEN={p}\n', {}, [1]) for p in DUMMIES],
     *[(f'{P}={p}\n', {}, [1]) for p in ('your password here', 'your-password', '....', '"<the password>"')],
-    ('AWS_ACCESS_KEY_ID=AKIAIOSFODNN7EXAMPLE\nAWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY\n', {}, [1, 2]),
-    *[(f'{P}={p}\n', {P: p}, []) for p in ('hunter2', 'Axxx9', 'a<b>c', '%41', 'ünïcode', 'x.y.z', 'secret!', "it's", 'a\\nb')]]
+    ('AWS_ACCESS_KEY_ID=AKIAIOSFODNN7EXAMPLE\nAWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY\n', {},
+     [1, 2]),
+    *[(f'{P}={p}\n', {P: p}, []) for p in ('hunter2', 'Axxx9', 'a<b>c', '%41', 'ünïcode', 'x.y.z', 'secret!', "it's",
+                                           'a\\nb')]]
 
 def test_env_lines(tmp_path, caplog, capsys):
     for text, right, lines in ENV:
@@ -546,12 +589,15 @@ def test_env_is_strict_where_it_is_needed(tmp_path):
     def needed(text):
         (tmp_path/'.env').write_text(text)
         return load_env(tmp_path/'.env', required=True)
-    assert len(needed(full)) == 6 and needed(full + 'OTHER=...\nMINE=y\nMINE=z\n')['MINE'] == 'z' # only what a launch needs
-    for extra, says in (('OTHER: geheim', 'line 7: cannot be read: expected NAME=value'), ("A='geheim", 'has to end with the quote'),
+    # only what a launch needs
+    assert len(needed(full)) == 6 and needed(full + 'OTHER=...\nMINE=y\nMINE=z\n')['MINE'] == 'z'
+    for extra, says in (('OTHER: geheim', 'line 7: cannot be read: expected NAME=value'),
+                        ("A='geheim", 'has to end with the quote'),
                         ('HF_TOKEN=geheim', 'HF_TOKEN is there twice, first in line 6')):
         message = told(needed, full + extra + '\n')
         assert says in message and 'geheim' not in message and str(tmp_path/'.env') in message
-    worse = full.replace('real-hf_token', '<token>').replace('real-aws_default_region', '').replace('AWS_ACCESS', 'AWS_ACESS')
+    worse = full.replace('real-hf_token', '<token>').replace('real-aws_default_region', '')
+    worse = worse.replace('AWS_ACCESS', 'AWS_ACESS')
     message = told(needed, worse)
     assert 'line 6: HF_TOKEN looks like a placeholder' in message and message.count('HF_TOKEN') == 1
     assert "no value for AWS_ACCESS_KEY_ID Did you mean 'AWS_ACESS_KEY_ID'?, AWS_DEFAULT_REGION" in message
@@ -564,7 +610,8 @@ def test_plans_tell_of_the_env(here):
     from weighted_mtp.launch import make_plan
     (here/'.env').write_text(''.join(f'{k}=real-{k.lower()}\n' for k in SECRET_NAMES) + 'OTHER: geheim\n')
     vessl, local = make_plan('critic', 1), make_plan('critic', 1, target='local')
-    assert any('.env, line 7: cannot be read' in b for b in vessl.blockers) and any('.env, line 7' in w for w in local.warnings)
+    assert any('.env, line 7: cannot be read' in b for b in vessl.blockers)
+    assert any('.env, line 7: cannot be read' in w for w in local.warnings)
     assert not any('.env' in b for b in local.blockers)
     assert not any(s in json.dumps([vessl.to_dict(), local.to_dict()]) for s in ('geheim', str(here)))
     (here/'.env').write_bytes(b'A=\xff')

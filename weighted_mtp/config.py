@@ -78,7 +78,8 @@ def read_utf8(
     except OSError as e: raise UserError(f"{name or file} cannot be read: {e.strerror or type(e).__name__}.") from None
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise UserError(f"{name or file}, line {raw[:e.start].count(10) + 1}: not UTF-8. Save the file as UTF-8 text.") from None
+        line = raw[:e.start].count(10) + 1
+        raise UserError(f"{name or file}, line {line}: not UTF-8. Save the file as UTF-8 text.") from None
 
 def read_json(
     path, # A JSON file holding an object
@@ -132,7 +133,8 @@ def read_env_lines(
         above = re.match(r'\s*', b.original.string)[0]
         return b.original.line + len(re.findall(r'\r\n|\n|\r', above))
     found = [b for b in parse_stream(io.StringIO(read_utf8(file))) if b.error or b.key is not None]
-    return [EnvLine(number(b), None if b.error or b.value is None else b.key, b.value or '', b.original.string.strip()) for b in found]
+    return [EnvLine(number(b), None if b.error or b.value is None else b.key, b.value or '',
+                    b.original.string.strip()) for b in found]
 
 # %% ../nbs/00_config.ipynb #a329b22d
 _DUMMY = re.compile(r"""(hf_)?[.…*x?_-]{2,} | [.…*?-] | <.*> | .*\$\{.*\}.*
@@ -145,7 +147,8 @@ def _unreadable(line): # what is wrong with a line that dotenv does not read
     name, _, value = line.text.removeprefix('export ').partition('=')
     if ':' in name or not _: return what + (', with = instead of :' if ':' in name else '')
     if not re.fullmatch(r'[A-Za-z_]\w*', name.strip(), re.ASCII): return what + ', with a name of letters, digits and _'
-    if value.strip()[:1] in ('"', "'"): return what + r", and a value in quotes has to end with the quote it begins with (one inside of it is written \' or \")"
+    if value.strip()[:1] in ('"', "'"):
+        return what + r""", and a value in quotes has to end with the quote it begins with (inside, write \' or \")"""
     return what
 
 def _dummy(name, value, example): # whether a value only stands for one
@@ -158,11 +161,14 @@ def _env_problem(line, before, example): # (what is wrong, whether the value is 
     if not re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII): return _unreadable(line), True
     if '\0' in value: return f"{name} holds a character that no variable can hold", True
     if value and _dummy(name, value, example): return f"{name} looks like a placeholder: expected your own value", True
-    if name not in SECRET_NAMES: return (f"{name} is there twice, first in line {before[name]}", False) if name in before else None
+    if name not in SECRET_NAMES:
+        return (f"{name} is there twice, first in line {before[name]}", False) if name in before else None
     if value and name in _TOKENS and not re.fullmatch('[!-~]+', value):
-        return f"{name} looks like a placeholder: spaces, line breaks and other than ASCII characters are in no token", True
-    if not value.isprintable(): return f"{name} goes on over a line break or holds one: is its quote closed where it should be", True
-    if re.search(r'\s', value) and not re.search(r'=\s*["\']', line.text): return f"{name} holds a space: put the value into quotes", False
+        return f"{name} looks like a placeholder: no token has spaces, line breaks or other than ASCII characters", True
+    if not value.isprintable():
+        return f"{name} goes on over a line break or holds one: is its quote closed where it should be", True
+    if re.search(r'\s', value) and not re.search(r'=\s*["\']', line.text):
+        return f"{name} holds a space: put the value into quotes", False
     if name in before: return f"{name} is there twice, first in line {before[name]}: remove one", False
 
 _TOKENS = ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_DEFAULT_REGION', 'HF_TOKEN')
@@ -193,7 +199,7 @@ def load_env(
     path='.env', # Relative paths start at the project root
     required:bool=False, # Raise `UserError` if the file, or one of `SECRET_NAMES` in it, is missing or no good
 )->dict[str, str]: # Names and values
-    "Read `.env` without touching the process's own environment. Warns of lines that are no good, where they are not required."
+    "Read `.env` without touching the process's own environment. Warns of lines that are no good where not required."
     file = _env_file(path)
     if not file.is_file():
         if required: raise UserError(f".env not found at {file}. {ENV_HINT}")
@@ -204,7 +210,8 @@ def load_env(
         return env
     needed = [problem for name, problem in problems if name is None or name in SECRET_NAMES]
     told = {name for name, _ in problems}
-    missing = [f"{k}{nearest(k, env.keys() - set(SECRET_NAMES))}" for k in SECRET_NAMES if k not in env and k not in told]
+    missing = [f"{k}{nearest(k, env.keys() - set(SECRET_NAMES))}" for k in SECRET_NAMES if k not in env and
+               k not in told]
     if missing: needed.append(f"{file} has no value for {', '.join(missing)}. {ENV_HINT}")
     if needed: raise UserError('\n'.join(needed))
     return env
@@ -224,7 +231,8 @@ def _written_secrets(): # of `.env`, also those that do not count
 def known_secrets()->list[tuple[str, str]]: # Names and values
     "Every secret this process can see, of 8 letters or more."
     names = [n for n in SECRET_NAMES if n != 'AWS_DEFAULT_REGION']
-    found = [(n, v) for n, v in (*_written_secrets(), *os.environ.items()) if n in names] + [('the VESSL token', t) for t in vessl_tokens()]
+    found = [(n, v) for n, v in (*_written_secrets(), *os.environ.items()) if n in names] + [('the VESSL token',
+        t) for t in vessl_tokens()]
     return list(dict.fromkeys((n, v.strip()) for n, v in found if v and len(v.strip()) >= 8)) # mounted secrets end in a newline, which messages show in other ways
 
 def redact(
@@ -292,8 +300,10 @@ class Dataset:
     test: str|None = None # Judged once, after training, with the best checkpoint
     max_length: int = setting(2048, '[1, 1e7]') # Prompt and response together, in tokens
     embedded: bool = False # Make the embedded default in the folder of `train` if it is not there
-    n_problems: int|None = setting(None, '[1, 1e7]') # Embedded default: training problems (null: the generator's default)
-    too_long: str = setting('truncate', choices=('truncate', 'drop')) # Solutions over max_length: truncate (they then have no end) or drop
+    # Embedded default: training problems (null: the generator's default)
+    n_problems: int|None = setting(None, '[1, 1e7]')
+    # Solutions over max_length: truncate (they then have no end) or drop
+    too_long: str = setting('truncate', choices=('truncate', 'drop'))
     blind: bool = False # Leave the problem out of the prompt: the yardstick a critic has to beat
 
 @dataclass
@@ -303,9 +313,11 @@ class DataSampling:
     n_validation: int = setting(500, '[1, 1e9]') # Validation pairs or solutions
     max_pairs_per_problem: int = setting(60, '[1, 1e9]')
     length_balanced: bool = True # Match a pair within one length bin: length must not give the answer away
-    difficulty_bins: list[list[int]] = setting([[1, 7], [8, 15], [16, 25]], '[0, 32767]') # Inclusive; 0 (unknown) is left out
+    # Inclusive; 0 (unknown) is left out
+    difficulty_bins: list[list[int]] = setting([[1, 7], [8, 15], [16, 25]], '[0, 32767]')
     difficulty_weights: list[float] = setting([1., 1., 1.], '[0, 1e6]') # Share of each bin, before normalising
-    curriculum: list[list[float]] = setting([], '[0, 1e6]') # difficulty_weights by epoch, the last one for all that follow; empty: the same in all
+    # difficulty_weights by epoch, the last one for all that follow; empty: the same in all
+    curriculum: list[list[float]] = setting([], '[0, 1e6]')
 
 # %% ../nbs/00_config.ipynb #8fe80302
 @dataclass
@@ -313,7 +325,8 @@ class Lora:
     r: int = setting(64, '[1, 65536]')
     alpha: int = setting(128, '[1, 1e6]')
     dropout: float = setting(0.05, '[0, 1)')
-    target_modules: Any = setting('all-linear', kind=str|list[str]) # As peft takes it: all-linear (every linear layer but the output), a pattern, or a list of names
+    # As peft takes it: all-linear (every linear layer but the output), a pattern, or a list of names
+    target_modules: Any = setting('all-linear', kind=str|list[str])
 
 @dataclass
 class Model:
@@ -356,9 +369,11 @@ class Training:
     max_grad_norm: float = setting(1.0, '(0, 1e9]')
     gradient_checkpointing: bool = True
     seed: int = setting(42, '[0, 4294967295]') # Initial weights, shuffling, dropout
-    cpu_threads: int|None = setting(None, '[1, 1024]') # torch threads on a CPU (null: torch's choice); fixed, runs repeat bit for bit
+    # torch threads on a CPU (null: torch's choice); fixed, runs repeat bit for bit
+    cpu_threads: int|None = setting(None, '[1, 1024]')
     log_every: int = setting(10, '[1, 1e9]') # Optimizer steps
-    max_bad_steps: int = setting(3, '[1, 1e9]') # Stop after so many steps running whose loss is no number; single ones are left out
+    # Stop after so many steps running whose loss is no number; single ones are left out
+    max_bad_steps: int = setting(3, '[1, 1e9]')
     gamma: float = setting(1.0, '[0, 1]') # Discount
     td_lambda: float = setting(0.95, '[0, 1]')
     td_lambda_end: float = setting(0.95, '[0, 1]') # What td_lambda decays to
@@ -367,7 +382,8 @@ class Training:
     beta: float = setting(1.0, '[1e-6, 1e6]') # Temperature of the weights
     weight_clip_min: float = setting(0.1, '[0, 1e6]')
     weight_clip_max: float = setting(3.0, '(0, 1e6]')
-    moments_momentum: float = setting(0.1, '(0, 1]') # Of the running advantage moments; the first 1/0.1 steps average plainly
+    # Of the running advantage moments; the first 1/0.1 steps average plainly
+    moments_momentum: float = setting(0.1, '(0, 1]')
     normalize_weights: bool = False # Divide the mean of the clipped weights out
     k_percent: float = setting(0.7, '(0, 1]') # rho1: share of tokens kept, per head
     rho1_mode: str = setting('signed', choices=('signed', 'absolute', 'difficult'))
@@ -384,7 +400,8 @@ class Checkpoint:
 class Evaluation:
     checkpoint: str|None = None # The policy to judge: a checkpoint of this package, or the folder of a transformers model
     tokenizer: str|None = None # Folder or hub name (null: the checkpoint's own)
-    benchmarks: list[str] = setting(['synthetic']) # synthetic, humaneval, mbpp, codecontests, gsm8k, or .jsonl files of problems
+    # synthetic, humaneval, mbpp, codecontests, gsm8k, or .jsonl files of problems
+    benchmarks: list[str] = setting(['synthetic'])
     ks: list[int] = setting([1], '[1, 1e6]') # k of pass@k
     samples: int|None = setting(None, '[1, 1e6]') # Answers a problem (null: the largest k)
     temperature: float|None = setting(None, '[0.01, 100]', also=(0,)) # 0: greedy (null: 0 for one sample, else 0.8)
@@ -478,7 +495,8 @@ _DECIMAL = re.compile(rf'[+-]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[
 def _decimal(value): # exactly, so that no digit is lost before the range is checked
     if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()): return Decimal(value.strip().replace('_', ''))
     if isinstance(value, numbers.Integral) and not isinstance(value, bool): return Decimal(int(value))
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value): return Decimal(float(value))
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return Decimal(float(value))
     raise ValueError
 
 def read_whole(
@@ -520,7 +538,7 @@ def unprintable(
 
 def _check_references(text): # `${key}` and nothing else that OmegaConf would take for its own
     if '${' in _REFERENCE.sub('\0', text) or re.search(r'\\\$\{', text):
-        raise ValueError("${ begins a reference to another key, such as ${experiment.name}, and cannot be part of a text")
+        raise ValueError("${ begins a reference to another key, such as ${experiment.name}; no text can hold it")
     for key in _REFERENCE.findall(text):
         if not key.startswith('.') and key not in schema():
             raise ValueError(f"${{{key}}} refers to an unknown key.{nearest(key, schema())}")
@@ -541,7 +559,8 @@ def _read_list(kind, value, setting):
     if isinstance(value, str): raise ValueError('' if value[:1] == '[' else f'write [{_shown(Plain(value))}]')
     if not isinstance(value, (list, tuple)): raise ValueError
     item, = get_args(kind)
-    if item is str and not all(isinstance(v, str) and v.strip() for v in value): raise ValueError('no name in it can be empty')
+    if item is str and not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError('no name in it can be empty')
     return [_read(item, v, setting) for v in value]
 
 def _read(kind, value, setting): # raises ValueError; its text, if any, is a hint
@@ -572,7 +591,8 @@ def allowed(
     kind, inner = setting.kind, get_args(setting.kind)
     if setting.choices: text = f"one of {', '.join(setting.choices)}"
     elif kind == str|list[str]: text = 'one line of text, or a list of texts such as [a, b]'
-    elif inner: text = f"a list of {_MANY[inner[0]] if inner[0] in _MANY else 'lists of ' + _MANY[get_args(inner[0])[0]]}"
+    elif inner:
+        text = f"a list of {_MANY[inner[0]] if inner[0] in _MANY else 'lists of ' + _MANY[get_args(inner[0])[0]]}"
     else: text = 'text' if setting.lines else _ONE[kind]
     if setting.within: text = ' '.join([text, str(setting.within), *(f'or {x}' for x in setting.also)])
     return text + (', or null' if setting.optional else '')
@@ -586,14 +606,16 @@ def read_value(
     value, # Text as typed (`Plain`), text in quotes (`str`), or a Python object
 ): # Of the setting's type; a reference as it was written
     "Read a value as its field's type says. Raises `UserError` naming key, value and what is allowed."
-    nothing = value is None or isinstance(value, str) and value == '' or isinstance(value, Plain) and value.strip() in _NULLS
+    nothing = value is None or isinstance(value, str) and value == '' or isinstance(value,
+                                                                                    Plain) and value.strip() in _NULLS
     if setting.optional and nothing: return None
     try: read = _read(setting.kind, value, setting)
     except ValueError as e:
         hint = f' ({e})' if str(e) else ''
         raise UserError(f"{setting.key} = {_shown(value)}: must be {allowed(setting)}{hint}.") from None
     if setting.choices and read not in setting.choices and not _REFERENCE.search(read):
-        raise UserError(f"{setting.key} = {read!r}: allowed are {', '.join(setting.choices)}.{nearest(read, setting.choices)}")
+        choices = ', '.join(setting.choices)
+        raise UserError(f"{setting.key} = {read!r}: allowed are {choices}.{nearest(read, setting.choices)}")
     return read
 
 # %% ../nbs/00_config.ipynb #397392cd
@@ -621,7 +643,9 @@ def _data(root, lines): # nodes as dicts, lists and texts; `lines` takes the lin
         if id(node) in made:
             if made[id(node)] is None: raise ValueError(f'{_at(node)}: a value that holds itself')
             return made[id(node)]
-        if node.tag not in _TAGS: raise ValueError(f"{_at(node)}: the tag '{node.tag.removeprefix('tag:yaml.org,2002:')}' is not read: each key has a type of its own")
+        if node.tag not in _TAGS:
+            tag = node.tag.removeprefix('tag:yaml.org,2002:')
+            raise ValueError(f"{_at(node)}: the tag '{tag}' is not read: each key has a type of its own")
         made[id(node)] = None
         lines.setdefault(key, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode): data = _mapping(node, lambda v, k: build(v, f'{key}.{k}'.lstrip('.')))
@@ -713,7 +737,8 @@ def _defaults(): return OmegaConf.structured(Config) # merging copies it
 
 def _unknown(key): # a key that the schema lacks
     sections = {k.rsplit('.', 1)[0] for k in schema() if '.' in k}
-    if key in schema(): return f"unknown key '{key}': write it as a section, {key.replace('.', ': {')}: …{'}' * key.count('.')}."
+    if key in schema():
+        return f"unknown key '{key}': write it as a section, {key.replace('.', ': {')}: …{'}' * key.count('.')}."
     return f"unknown key '{key}'.{nearest(key, sections if '.' not in key else schema())}"
 
 def _read_tree(tree, prefix=''): # nested data -> (key, value read, or the problem with it)
@@ -742,7 +767,8 @@ def _merge(config, values, where): # `values` by dotted key, all read
 def _merge_tree(config, tree, where, lines=()): # raises one `UserError` for all of its problems
     read = list(_read_tree(tree))
     lines = dict(lines)
-    told = [f"{where}{f', line {lines[key]}' if key in lines else ''}: {problem}" for key, _, problem in read if problem]
+    told = [f"{where}{f', line {lines[key]}' if key in lines else ''}: {problem}" for key, _,
+            problem in read if problem]
     if told: raise UserError(redact('\n'.join(told)))
     return _merge(config, {key: value for key, value, _ in read}, where)
 
@@ -755,7 +781,8 @@ def _override_value(setting, text): # raises ValueError for what is no YAML
         raise ValueError(f"it holds {swallowed}= as well: give each override by itself, or put the text into quotes")
     if not is_yaml: return Plain(text)
     try: return parse_yaml(text)[0]
-    except ValueError as e: raise ValueError(f"the value is not YAML ({e}); put a text that holds quotes into quotes") from None
+    except ValueError as e:
+        raise ValueError(f"the value is not YAML ({e}); put a text that holds quotes into quotes") from None
 
 def read_override(
     text:str, # `key=value`
@@ -765,7 +792,8 @@ def read_override(
         raise UserError(redact(f"override {_shown(text)}: write key=value, such as training.batch_size=8."))
     key, where = parts[0].strip(), f"override '{text if len(text) < 200 else text[:200] + '…'}'"
     if c := unprintable(text):
-        raise _user_error([f'it holds the character {c}, and has to be one line; in a text in double quotes, write it as an escape'], ascii(where)[1:-1])
+        what = f'it holds the character {c}, and has to be one line; inside of double quotes, write it as an escape'
+        raise _user_error([what], ascii(where)[1:-1])
     if key not in schema(): raise _user_error([f"unknown key '{key}'.{nearest(key, schema())}"], where)
     try: return key, read_value(schema()[key], _override_value(schema()[key], parts[2]))
     except ValueError as e: raise _user_error([e], where) from None
@@ -784,7 +812,8 @@ def _as_config(config): # a config of the schema, from one, or from (some of) it
     if isinstance(config, DictConfig) and OmegaConf.get_type(config) is Config: return config
     if is_dataclass(config) or OmegaConf.is_config(config):
         config = OmegaConf.to_container(config if OmegaConf.is_config(config) else OmegaConf.structured(config))
-    if not isinstance(config, dict): raise UserError(f"config = {_shown(config)}: must be a config or a dict of sections.")
+    if not isinstance(config, dict):
+        raise UserError(f"config = {_shown(config)}: must be a config or a dict of sections.")
     return _merge_tree(_defaults(), config, 'config')
 
 def apply_overrides(
@@ -793,7 +822,8 @@ def apply_overrides(
 )->DictConfig: # A changed copy, checked
     "Change a config by dotted keys. Raises `UserError` naming the key and the nearest right one."
     if isinstance(overrides, str): overrides = [overrides]
-    if not isinstance(overrides, (list, tuple)): raise UserError(f"overrides = {_shown(overrides)}: must be a list of key=value.")
+    if not isinstance(overrides, (list, tuple)):
+        raise UserError(f"overrides = {_shown(overrides)}: must be a list of key=value.")
     values = dict(map(read_override, overrides))
     where = ' '.join(f'--override {_shown(Plain(o))}' for o in overrides) or 'config'
     return check_config(_merge(_as_config(config), values, where), where)
@@ -820,7 +850,9 @@ def load_config(
     try: data, lines = parse_yaml(text)
     except ValueError as e: raise UserError(f"{path} is not YAML: {e}.") from None
     if data is None or data == '': data = {} # an empty file sets nothing
-    if not isinstance(data, dict): raise UserError(f"{path} must hold sections such as 'training:', not {'a list' if isinstance(data, list) else 'one text'}.")
+    if not isinstance(data, dict):
+        what = 'a list' if isinstance(data, list) else 'one text'
+        raise UserError(f"{path} must hold sections such as 'training:', not {what}.")
     config = check_config(_merge_tree(_defaults(), data, str(path), lines), str(path))
     return apply_overrides(config, overrides) if overrides else config
 
@@ -893,10 +925,12 @@ def _site_problems(values): # of single fields, in words
         words = re.split(r'\s*,\s*', value) if name in ('volumes', 'exports') else [value]
         if not all(words) or any(re.search(r'\s', w) or unprintable(w) for w in words):
             hint = ' (a comment needs a line of its own)' if re.search(r'\s[#;]', value) else ''
-            yield f"{name} = {_shown(value)}: must be {'words separated by commas' if ',' in value else 'one word, without spaces'}{hint}."
+            what = 'words separated by commas' if ',' in value else 'one word, without spaces'
+            yield f"{name} = {_shown(value)}: must be {what}{hint}."
         elif name in ('mlflow_uri', 'git_url') and re.match(r'https?://[^/]*@', value):
-            yield f"{name} holds a user name or password, and would be written into every run: passwords belong into .env."
-    if values['secrets'] not in ('reference', 'inline'): yield f"secrets = {values['secrets']}: allowed are reference, inline."
+            yield f"{name} holds a user name or password, and every run would show it: passwords belong into .env."
+    if values['secrets'] not in ('reference', 'inline'):
+        yield f"secrets = {values['secrets']}: allowed are reference, inline."
     if not values['workdir'].startswith('/'): yield f"workdir = {values['workdir']}: must be a path that begins with /."
     if not re.fullmatch(r'https?://.+', values['mlflow_uri']):
         yield f"mlflow_uri = {redact(_shown(Plain(values['mlflow_uri'])))}: must be an address such as http://HOST."

@@ -98,7 +98,8 @@ class CriticObjective:
         self.data = load(d.train, config.data_sampling.n_samples)
         self.splits = {k: load(p, config.data_sampling.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
-        self.model = build_value_model(backbone, config.model.tuning, plain(config.model.lora), c.head, c.head_dropout, c.initial_value if c.value_weight else 0.)
+        self.model = build_value_model(backbone, config.model.tuning, plain(config.model.lora), c.head, c.head_dropout,
+                                       c.initial_value if c.value_weight else 0.)
         self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
 
     def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id)

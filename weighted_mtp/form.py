@@ -148,7 +148,9 @@ class LaunchForm:
         try: self.fields[field].value = value
         except TraitError:
             options = getattr(self.fields[field], 'options', (True, False))
-            raise UserError(f"{field} = {value!r}: the form has {', '.join(map(str, options))}.{nearest(str(value), map(str, options))}") from None
+            options = list(map(str, options))
+            near = nearest(str(value), options)
+            raise UserError(f"{field} = {value!r}: the form has {', '.join(options)}.{near}") from None
 
     def _one_a_line(self, overrides):
         for o in overrides:

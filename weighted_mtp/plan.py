@@ -16,8 +16,10 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, check_env, flatten, known_secrets, load_config, load_env,
-                                 load_site, nearest, parse_yaml, project_root, quoted, read_json, read_override, read_truth, read_whole, redact,
+from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, check_env, flatten, known_secrets,
+                                 load_config, load_env,
+                                 load_site, nearest, parse_yaml, project_root, quoted, read_json, read_override,
+                                 read_truth, read_whole, redact,
                                  schema, unprintable, vessl_tokens)
 from .estimate import Estimate, estimate, measured_step
 from .records import git_state, on_remote, read_records, short_path
@@ -40,7 +42,8 @@ def _listed(text): # a JSON or YAML list of overrides
     except ValueError: pass
     try: return parse_yaml(text)[0]
     except ValueError as e:
-        raise UserError(redact(f'overrides {text[:60]!r}: begins like a list and is none ({e}). Write ["key=value", "key=value"].')) from None
+        what = f'overrides {text[:60]!r}: begins like a list and is none ({e}). Write ["key=value", "key=value"].'
+        raise UserError(redact(what)) from None
 
 def split_overrides(
     overrides, # A list of `key=value`, or text: separated by spaces or lines, or a JSON or YAML list
@@ -51,14 +54,16 @@ def split_overrides(
     if not isinstance(overrides, str): return [overrides]
     text = overrides.strip()
     if text.startswith('['): return _listed(text)
-    hidden = re.sub(rf'(?<=[=\[,])\s*(?:{_STRING})', lambda m: '.'*len(m[0]), text) # values in quotes are not looked into
+    # values in quotes are not looked into
+    hidden = re.sub(rf'(?<=[=\[,])\s*(?:{_STRING})', lambda m: '.'*len(m[0]), text)
     starts = [0, *(m.end() for m in re.finditer(r'\s+(?=[A-Za-z_][\w.]*\s?=)', hidden)), len(text)]
     return [o for a, b in zip(starts, starts[1:]) if (o := text[a:b].strip())]
 
 # %% ../nbs/13_plan.ipynb #7f062b62
 def _choice(name, value, allowed, problems):
     if value is None: problems.append(f"{name} is missing: allowed are {', '.join(allowed)}.")
-    elif not isinstance(value, str) or value not in allowed: problems.append(f"{name} = {value!r}: allowed are {', '.join(allowed)}.{nearest(str(value), allowed)}")
+    elif not isinstance(value, str) or value not in allowed:
+        problems.append(f"{name} = {value!r}: allowed are {', '.join(allowed)}.{nearest(str(value), allowed)}")
     else: return value
 
 def _count(name, value, problems): # optional, at least 1
@@ -76,12 +81,14 @@ def _text(name, value, problems, plain=False): # optional, one line; plain: a fo
     if value is None: return None
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
-        problems.append(f"{name} = {value!r}: must be text. Write it in quotes; with papermill, -r {name} TEXT instead of -p, "
-                        "which turns what looks like a number into one.")
+        problems.append(f"{name} = {value!r}: must be text. Write it in quotes; with papermill, -r {name} TEXT instead "
+                        "of -p, which turns what looks like a number into one.")
     elif not text.strip() or text != text.strip() or unprintable(text):
-        problems.append(f"{name} = {ascii(text)[:80] if unprintable(text) else repr(text)}: must be one line of text, without spaces around it.")
+        shown = ascii(text)[:80] if unprintable(text) else repr(text)
+        problems.append(f"{name} = {shown}: must be one line of text, without spaces around it.")
     elif plain and (text.startswith(('.', '-')) or '/' in text or '\\' in text or len(text.encode()) > 120):
-        problems.append(f"{name} = {text!r}: must be a plain folder name of at most 120 bytes that does not begin with . or -.")
+        problems.append(f"{name} = {text!r}: must be a plain folder name of at most 120 bytes, beginning neither "
+                        "with . nor with -.")
     else: return text
 
 def _overrides_given(value, problems):
@@ -183,7 +190,8 @@ def _local_troubles(r, config):
     if r['pipeline'] in needs:
         what, path, advice = needs[r['pipeline']]
         if not path: yield f"{r['pipeline']} needs a {what} checkpoint: {advice}"
-        elif not _is_there(project_root()/path, Path.exists): yield f"{what.capitalize()} checkpoint {path} not found: {advice}"
+        elif not _is_there(project_root()/path, Path.exists):
+            yield f"{what.capitalize()} checkpoint {path} not found: {advice}"
 
 def _vessl_troubles(r, file):
     try: load_env(required=True)
@@ -210,8 +218,10 @@ def _warnings(r, config, site):
     yield from _code_warnings(site)
 
 # %% ../nbs/13_plan.ipynb #ef562ae7
-def _leaks(r, config): # free text that holds a secret: of the request, and of the resolved config, both of which records keep
-    given = {k: '\n'.join(map(str, r[k])) if k == 'overrides' else str(r[k]) for k in ('critic_checkpoint', 'overrides', 'config', 'name')}
+# free text that holds a secret: of the request, and of the resolved config, both of which records keep
+def _leaks(r, config):
+    given = {k: '\n'.join(map(str, r[k])) if k == 'overrides' else str(r[k]) for k in ('critic_checkpoint', 'overrides',
+                                                                                       'config', 'name')}
     ours = flatten(OmegaConf.to_container(apply_overrides({}), resolve=True))
     found = flatten(OmegaConf.to_container(config, resolve=True)) if config is not None else {}
     inside = {k: str(v) for k, v in found.items() if v != ours[k] and not any(str(v) in g for g in given.values())}

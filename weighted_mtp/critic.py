@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
 from transformers import set_seed
 
-from .config import UserError, apply_overrides, write_text
+from .config import UserError, apply_overrides, plain, write_text
 from .data import KINDS, collate_pairs, encode_solutions, read_solutions, tokenizer_facts
 from .losses import pairwise_loss, value_loss
 from .models import build_value_model
@@ -98,7 +98,8 @@ class CriticObjective:
         self.data = load(d.train, config.data_sampling.n_samples)
         self.splits = {k: load(p, config.data_sampling.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
-        self.model = build_value_model(backbone, config.model.tuning, config.model.lora, c.head, c.head_dropout, c.initial_value if c.value_weight else 0.)
+        self.model = build_value_model(backbone, config.model.tuning, plain(config.model.lora), c.head, c.head_dropout,
+                                       c.initial_value if c.value_weight else 0.)
         self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
         self.untrained = set() if c.lm_weight or c.lm_first else self._language_head() # no loss reads it
 

@@ -105,6 +105,9 @@ def test_one_process_two_processes_and_one_that_was_killed(policy):
     assert runs['one'].data.tags['mlflow.parentRunId'] == runs['small'].info.run_id # below the run that it judges
     assert runs['one'].data.metrics['synthetic/pass_at_1'] == found['metrics']['synthetic/pass_at_1'] and runs['one'].data.metrics['synthetic/pass_at_2_high'] >= runs['one'].data.metrics['synthetic/pass_at_2']
     assert {Path(a.path).suffix for a in client.list_artifacts(runs['one'].info.run_id, 'evaluation')} == {'.json', '.jsonl'}
+    errors, logged = found['evaluations']['synthetic']['errors'], runs['one'].data.metrics
+    assert errors and all(logged[f'synthetic/error/{kind}'] == e['share'] for kind, e in errors.items())
+    assert sum(e['count'] for e in errors.values()) == sum(r['status'] != 'passed' for r in one) and 'errors, of all answers: ' in out
 
 def test_report_of_a_finished_run(policy):
     """It is in the record and among MLflow's artifacts, and a browser shows all of it without scrolling sideways."""

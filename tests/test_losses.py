@@ -179,9 +179,9 @@ def test_autocast_and_mixed_dtypes():
 
 def test_bfloat16_products(monkeypatch):
     "The walk as a GPU takes it, factors in bfloat16 and float32 results; the one call that needs a GPU is emulated."
-    def addmm(out, a, b, beta=1):
+    def addmm(out, a, b, beta=1, alpha=1):
         assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
-        return out.copy_((beta*out if beta else 0) + a.float() @ b.float())
+        return out.copy_((beta*out if beta else 0) + alpha*(a.float() @ b.float()))
     h, u, y, w = example(dtype=torch.bfloat16)
     want = gradients(mtp_cross_entropy, h, u, y, w)
     monkeypatch.setattr(losses, '_addmm_', addmm)
@@ -204,12 +204,12 @@ class Watch(TorchDispatchMode):
             if isinstance(x, torch.Tensor): self.largest = max(self.largest, x.untyped_storage().nbytes()//4)
         return out
 
-def watched(masked, frozen=False, grad=True):
+def watched(masked, frozen=False, grad=True, **head):
     V, D, T, n = 4096, 64, 200, 4
     h, u, y = torch.randn(2, T, n, D).requires_grad_(), torch.randn(V, D).requires_grad_(not frozen), torch.randint(0, V, (2, T))
     y[:, :masked] = -100
     with torch.set_grad_enabled(grad), Watch() as w:
-        loss = mtp_cross_entropy(h, u, y, torch.rand(2, T))
+        loss = mtp_cross_entropy(h, u, y, torch.rand(2, T), **head)
         if grad: loss.backward()
     return w.largest, w.products/(V*D), int(mtp_counts(y, n).sum()), V, D
 
@@ -221,6 +221,37 @@ def test_never_holds_all_logits_and_multiplies_no_more_than_it_must():
             assert largest <= V*D # the unembedding's own size; all logits would be
             if masked == 0: assert rows*V > 20*V*D
 
+
+def test_a_head_of_any_kind_holds_no_more():
+    "An adapter is never merged, a cap takes a second chunk: no tensor is larger than the unembedding."
+    def leaf(*shape): return torch.randn(*shape, requires_grad=True)
+    adapter = dict(low_rank=(leaf(2, 200, 4, 2), leaf(4096, 2)))
+    for head, r in ((dict(logit_scale=.1), 0), (dict(softcap=3.), 0), (dict(bias=leaf(4096)), 0), (adapter, 2)):
+        for frozen, times in ((False, 3), (True, 2)):
+            largest, products, rows, V, D = watched(0, frozen=frozen, **head)
+            assert largest <= V*D and products == rows*(times + 3*r/D)
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_a_head_of_every_kind_agrees(dtype, monkeypatch):
+    "Scale, cap, bias and adapter at once, in several chunks, against plain logits; and where nothing has a target."
+    monkeypatch.setattr(losses, '_chunk_rows', lambda V, D: 7)
+    h, u, y, w = example(dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    z, f, b = (torch.randn(s, generator=g).to(dtype) for s in ((5, 11, 4, 2), (23, 2), 23))
+    def plain(h, u, z, f, b):
+        logits = 2*torch.tanh(.3*(torch.cat([h, z], -1) @ torch.cat([u, f], -1).T + b)/2)
+        return reference(logits, torch.eye(23, dtype=torch.float64), y, w)[0]
+    def ours(h, u, z, f, b): return mtp_cross_entropy(h, u, y, w, logit_scale=.3, softcap=2., bias=b, low_rank=(z, f))
+    found = []
+    for call, kind in ((plain, torch.float64), (ours, dtype)):
+        leaves = [x.to(kind).requires_grad_() for x in (h, u, z, f, b)]
+        loss = call(*leaves)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for want, got in zip(*found): near(got, want, 5e-3 if dtype == torch.bfloat16 else 1e-5)
+    with torch.no_grad(): assert_close(ours(*leaves), found[1][0], rtol=0, atol=0)
+    nothing = mtp_cross_entropy(h.requires_grad_(), u, torch.full_like(y, -100), bias=leaves[-1], softcap=2.)
+    nothing.backward()
+    assert nothing == 0 and (leaves[-1].grad == 0).all() and (h.grad == 0).all()
 
 class Heads(torch.nn.Module):
     def __init__(self, unembedding):

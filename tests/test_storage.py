@@ -104,7 +104,7 @@ def test_rows_that_are_not_as_expected(here):
         (here/'raw').mkdir(exist_ok=True)
         (here/'raw/train-0.jsonl').write_text(json.dumps(contest()) + '\n' + json.dumps(contest(name='1_B', **changes)))
         done = setup(here, 'data', 'codecontests', '--from', 'raw', code=code)
-        assert 'Traceback' not in done.stderr and (not code or 'row 2: ' in done.stderr), done.stderr
+        assert 'Traceback' not in done.stderr and (not code or 'line 2: ' in done.stderr), done.stderr
         return done.stderr if code else done.stdout
     assert '2 problems          2 correct          2 incorrect' in convert()
     assert "field 'solutions.language' is missing" in convert(2, solutions=[dict(lang=3, solution='x')])

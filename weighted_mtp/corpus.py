@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .config import UserError, locked
-from .data import CHUNK, KINDS, Sample, encode_prompts, encode_responses, format_prompt, join, prompt_of, read_lines
+from .data import (CHUNK, DATA_HINT, KINDS, Sample, encode_prompts, encode_responses, format_prompt, join,
+                               prompt_of, read_lines)
+from .jsonl import check_file
 
 # %% ../nbs/04_corpus.ipynb #d8b0964a
 FORMAT = 1 # of what is kept; another number makes it all anew
@@ -147,8 +149,7 @@ def open_corpus(
     blind:bool=False, # Leave the problems out
 )->Corpus:
     "The tokenised file, made where it is not there yet, by one process while others wait. Raises `UserError` naming file, line and field."
-    path = Path(path)
-    if not path.is_file(): raise UserError(f"Data file {path} not found. Check dataset.train and dataset.validation.")
+    path = check_file(path, DATA_HINT)
     home = path.with_suffix('.index')
     try: home.mkdir(exist_ok=True)
     except OSError as e: raise UserError(f"{home} cannot be made ({e.strerror}): tokens are kept beside their data.") from None

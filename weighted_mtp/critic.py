@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
 from transformers import set_seed
 
-from .config import UserError, apply_overrides, write_text
+from .config import UserError, apply_overrides, plain, write_text
 from .data import KINDS, collate_pairs, encode_solutions, read_solutions, tokenizer_facts
 from .losses import pairwise_loss, value_loss
 from .models import build_value_model
@@ -98,8 +98,14 @@ class CriticObjective:
         self.data = load(d.train, config.data_sampling.n_samples)
         self.splits = {k: load(p, config.data_sampling.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
-        self.model = build_value_model(backbone, config.model.tuning, config.model.lora, c.head, c.head_dropout, c.initial_value if c.value_weight else 0.)
+        self.model = build_value_model(backbone, config.model.tuning, plain(config.model.lora), c.head, c.head_dropout,
+                                       c.initial_value if c.value_weight else 0.)
         self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
+        self.untrained = set() if c.lm_weight or c.lm_first else self._language_head() # no loss reads it
+
+    def _language_head(self): # names of its parameters, but for adapters
+        head = {id(p) for n, p in self.model.get_output_embeddings().named_parameters() if 'lora_' not in n}
+        return {n for n, p in self.model.named_parameters() if id(p) in head}
 
     def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id)
 
@@ -183,7 +189,7 @@ def picture_of_pair(
     rows = read_solutions(path)
     first = {}
     for r in rows:
-        if r.get('twin') is not None and r.get('mutation'): first.setdefault(r['problem_id'], r)
+        if r.get('twin') in range(len(rows)) and r.get('mutation'): first.setdefault(r['problem_id'], r)
     if not first: return ''
     wrong = list(first.values())[which % len(first)]
     a, b = encode_solutions([wrong, rows[wrong['twin']]], tokenizer, max_length)

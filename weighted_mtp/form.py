@@ -10,10 +10,11 @@ import asyncio
 from html import escape
 
 import ipywidgets as widgets
+from traitlets import TraitError
 
-from .config import PIPELINES, UserError, config_keys, load_site, read_json
+from .config import PIPELINES, UserError, config_keys, load_site, nearest, read_json
 from .launch import Run, new_run
-from .plan import DEFAULTS, PLACES, estimate_rows, make_plan
+from .plan import DEFAULTS, PLACES, estimate_rows, make_plan, split_overrides
 from .records import FINAL, best_checkpoint, read_record, read_records
 from .targets import run_yaml_text
 
@@ -112,7 +113,8 @@ def _fields(): # one widget a request field
 
 def _value(widget): # an empty box is a field not given
     v = widget.value
-    if isinstance(widget, widgets.Textarea): return [line.strip() for line in v.splitlines() if line.strip()]
+    if isinstance(widget, widgets.Textarea): # one a line, whatever else it holds; or a list
+        return v if v.strip().startswith('[') else [line.strip() for line in v.split('\n') if line.strip()]
     return (v.strip() or None) if isinstance(v, str) else v
 
 def _estimate(plan): # beside the plan, since it is a guess
@@ -128,7 +130,7 @@ class LaunchForm:
         self.fields, self.view, self.views = _fields(), None, {}
         for k, v in request.items():
             if k not in self.fields: raise UserError(f"The form has no field '{k}': it has {', '.join(self.fields)}.")
-            self.fields[k].value = '\n'.join(v) if k == 'overrides' and not isinstance(v, str) else v if k in ('ngpus', 'dry_run') else str(v)
+            if v is not None: self._fill(k, v)
         self.preview, self.told, self.runs = widgets.HTML(), widgets.HTML(), widgets.VBox()
         self.button = widgets.Button(description='Launch', button_style='primary')
         self.button.on_click(lambda _: self.launch())
@@ -138,6 +140,22 @@ class LaunchForm:
         self.widget = widgets.VBox([*rows, self.preview, widgets.HBox([self.button, self.told]), self._opener(), self.runs])
         self.update()
         for name in reversed(unfinished()): self.open(name)
+
+    def _fill(self, field, value): # with what a request may hold; the plan says what is wrong with a text
+        if field == 'overrides': value = '\n'.join(self._one_a_line(split_overrides(value)))
+        elif field not in ('ngpus', 'dry_run') and not isinstance(value, str): value = str(value)
+        if field == 'ngpus' and isinstance(value, str) and value.strip() in ('1', '2', '4'): value = int(value)
+        try: self.fields[field].value = value
+        except TraitError:
+            options = getattr(self.fields[field], 'options', (True, False))
+            options = list(map(str, options))
+            near = nearest(str(value), options)
+            raise UserError(f"{field} = {value!r}: the form has {', '.join(options)}.{near}") from None
+
+    def _one_a_line(self, overrides):
+        for o in overrides:
+            if not isinstance(o, str) or '\n' in o: raise UserError(f"overrides = {o!r}: write key=value, in one line.")
+        return overrides
 
     def _adder(self): # an override's key, completed from the schema
         self.key = widgets.Combobox(description='add override', options=[k for k in config_keys() if k != 'pipeline'], placeholder='key: type to search', style=_STYLE, layout=widgets.Layout(width='31em'))

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .config import UserError
-from .models import MTPForCausalLM
+from .models import MTPForCausalLM, block_states, final_norm
 
 # %% ../nbs/09_generation.ipynb #b25dc313
+def _window(c): # positions that the last block sees; None: all. Without `layer_types` all blocks are alike
+    kinds = getattr(c, 'layer_types', None)
+    return getattr(c, 'sliding_window', None) if not kinds or kinds[-1] == 'sliding_attention' else None
+
 class _Heads:
     "Heads 2 to n at the newest position: one block after the other, whatever kind of block it is."
     def __init__(self, model): self.model, self.cache, self.seen = model, DynamicCache(), 0
@@ -27,17 +31,34 @@ class _Heads:
         (x, *rest), kw = trunk
         x, before = x[:, :new], self.seen
         self.seen += new
-        mask = torch.ones(new, self.seen, dtype=torch.bool, device=x.device).tril(before)[None, None] if new > 1 else None # the new see what was there, and each other backwards
-        kw = {**kw, 'position_embeddings': tuple(t[:, :new] for t in kw['position_embeddings']), 'attention_mask': mask, 'past_key_values': self.cache}
+        own = lambda v: self.cache if isinstance(v, Cache) else v # whatever the family calls it
+        rest, kw = [own(v) for v in rest], {k: own(v) for k, v in kw.items()}
+        kw['attention_mask'] = self._mask(new, before, x)
+        if (turns := kw.get('position_embeddings')) is not None: # cosine and sine; one complex tensor in some families
+            kw['position_embeddings'] = turns[:, :new] if torch.is_tensor(turns) else tuple(t[:, :new] for t in turns)
         if kw.get('position_ids') is not None: kw['position_ids'] = kw['position_ids'][:, :new]
-        return torch.cat([h(x, *rest, **kw)[:, -1] for h in self.model.extra_heads])
+        return torch.cat([block_states(h(x, *rest, **kw))[:, -1] for h in self.model.extra_heads])
+
+    def _mask(self, new, before, x): # the new see what was there, and each other backwards, within the block's window
+        c = self.model.backbone.config
+        kind, window = c._attn_implementation, _window(c.get_text_config())
+        sees_all = new == 1 and (window is None or before < window)
+        if sees_all or kind not in ('eager', 'sdpa'): return None # flash attention masks itself
+        seen = torch.ones(new, before + new, dtype=torch.bool, device=x.device).tril(before)
+        if window is not None: seen = seen.triu(before - window + 1)
+        if kind == 'eager': # is added to the scores
+            seen = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        return seen[None, None]
 
 _LLAMA = {f'{n}.weight' for n in ('input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')}
 
 class _LlamaHeads:
     "The same for Llama's blocks, all heads at once: on small models the number of operations is what takes the time."
     @staticmethod
-    def fits(model): return type(model.backbone).__name__ in ('LlamaForCausalLM', 'MistralForCausalLM') and all(dict(h.named_parameters()).keys() == _LLAMA for h in model.extra_heads)
+    def fits(model):
+        c, plain = model.backbone.config, ('LlamaForCausalLM', 'MistralForCausalLM')
+        return (type(model.backbone).__name__ in plain and c.hidden_act == 'silu' and _window(c) is None
+                and all(dict(h.named_parameters()).keys() == _LLAMA for h in model.extra_heads))
 
     def __init__(self, model):
         c, self.n, self.d = model.backbone.config, len(model.extra_heads), model.extra_heads[0].self_attn.head_dim
@@ -76,20 +97,32 @@ class HeadCandidates(CandidateGenerator):
 
     def __init__(self, model, logits_processor, do_sample, max_length):
         self.model, self.processor, self.do_sample, self.max_length = model, logits_processor, do_sample, max_length
-        self.norm, self.unembed = model.backbone.get_decoder().norm, model.get_output_embeddings()
+        self.norm, self.compute_logits = final_norm(model.backbone.get_decoder()), model.compute_logits
         self.heads = (_LlamaHeads if _LlamaHeads.fits(model) else _Heads)(model)
         self.passes = self.drafted = self.accepted = 0
 
     def get_candidates(self, input_ids, model_kwargs=None, model_outputs=None, is_first_iteration=False, n_last_matches=0, **kw):
         self.passes += 1
         if is_first_iteration: return input_ids, None # the prompt's own pass
-        hidden = self.heads(model_outputs.trunk, input_ids.shape[1] - 1 - self.heads.seen)[:max(0, self.max_length - input_ids.shape[1] - 1)]
+        hidden = self._hidden(model_outputs.trunk, input_ids.shape[1] - 1 - self.heads.seen)
+        hidden = hidden[:max(0, self.max_length - input_ids.shape[1] - 1)]
         if not len(hidden): return input_ids, None
-        logits = self.unembed(self.norm(hidden)).float()
+        logits = self.compute_logits(self.norm(hidden)).float()
         if len(self.processor): logits = torch.cat([self.processor(input_ids, row) for row in logits.split(1)])
         drafts = torch.multinomial(logits.softmax(-1), 1)[:, 0] if self.do_sample else logits.argmax(-1)
         self.drafted += len(drafts)
         return torch.cat([input_ids, drafts[None]], 1), logits[None]
+
+    def _hidden(self, trunk, new): # (n - 1, D); none where the family's blocks cannot go on from a cache of their own
+        if not self.model.can_draft: return ()
+        try: return self.heads(trunk, new)
+        except (MemoryError, torch.OutOfMemoryError): raise
+        except Exception as e:
+            self.model.can_draft = False
+            why = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+            name = type(self.model.backbone).__name__
+            print(f"warning: {name} generates without drafts: its blocks cannot be run alone ({why})", flush=True)
+            return ()
 
     def update_candidate_strategy(self, input_ids, scores, num_matches): self.accepted += int(num_matches)
 
@@ -143,6 +176,7 @@ def generate(
     for i, x in enumerate(ids):
         if len(x) + 1 > room: raise NoRoom(f"Prompt {i+1} of {len(ids)} has {len(x)} tokens; the model has room for {room}, the answer included.")
     drafting = self_speculative and isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1
+    drafting = drafting and model.can_draft
     how = dict(do_sample=temperature > 0, **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}), eos_token_id=tokenizer.eos_token_id,
                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}))
     was, out = model.training, [None]*len(ids)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .config import UserError, load_site, nearest, project_root, read_json, to_yaml
-from .plan import CRITIC, DEFAULTS, Plan, check_request, estimate_rows, make_plan, split_overrides, yaml_value
+from .config import UserError, load_site, nearest, project_root, quoted, read_json, to_yaml
+from .plan import CRITIC, DEFAULTS, Plan, check_request, estimate_rows, make_plan, split_overrides
 from .records import (FINAL, best_checkpoint, in_papermill, keep_notebook, load_record, new_record, read_record, read_records, record_folder,
                                   request_notebook, short_path)
 from .targets import TARGETS, VesslTarget, log_tail, run_yaml_text
@@ -212,12 +212,18 @@ def launch(
     return run
 
 # %% ../nbs/13_launch.ipynb #e94d8396
+def _known_fields(request): # raises `UserError` for a field that no request has
+    if not isinstance(request, dict): raise UserError(f"{request!r}: must be a dict of {', '.join(DEFAULTS)}.")
+    unknown = [f"unknown field '{k}'.{nearest(str(k), DEFAULTS)}" for k in request if k not in DEFAULTS]
+    if unknown: raise UserError('\n'.join([*unknown, f"Fields of a request are {', '.join(DEFAULTS)}."]))
+    return {**DEFAULTS, **request}
+
 def relaunch(
     folder, # A record: path or name
     **changes, # Request fields to change
 )->Run: # A new run with a record of its own
     "Launch a record's request again."
-    return launch(**{**DEFAULTS, **load_record(folder)['request'], **changes})
+    return launch(**_known_fields({**load_record(folder)['request'], **changes}))
 
 # %% ../nbs/13_launch.ipynb #9e1c30c6
 JUDGED = 'evaluation.checkpoint'
@@ -235,10 +241,10 @@ def _earlier(plan): # the newest record in which this very plan was carried out,
     return next((fr for fr in read_records() if counts(*fr)), None)
 
 def _with_checkpoint(request, made): # a request with what earlier stages made
-    given = [str(o).split('=')[0] for o in split_overrides(request.get('overrides'))]
+    given = [str(o).split('=')[0].strip() for o in split_overrides(request.get('overrides'))]
     for key, path in made.get(request['pipeline'], {}).items():
         if key not in given and not (key == CRITIC and request.get('critic_checkpoint')):
-            request = {**request, 'overrides': [*split_overrides(request.get('overrides')), f'{key}={yaml_value(path)}']}
+            request = {**request, 'overrides': [*split_overrides(request.get('overrides')), f'{key}={quoted(path)}']}
     return request
 
 def _stage(request, skip): # the run of one stage, and what to say of it
@@ -263,10 +269,14 @@ def workflow(
     progress:bool=True, # Show how far each is
 )->list: # The runs
     "Run requests one after the other, handing checkpoints on. Raises `UserError` for a request that cannot work, before any is started, and for a stage that fails."
-    requests, runs, made = [{**DEFAULTS, **s} for s in stages], [], {}
-    for i, r in enumerate(requests, 1):
-        try: make_plan(**r)
-        except UserError as e: raise UserError(f"Stage {i} of the workflow ({r['pipeline']}): {e}") from None
+    requests, runs, made = [], [], {}
+    for i, stage in enumerate(stages, 1):
+        try:
+            requests.append(_known_fields(stage))
+            make_plan(**requests[-1])
+        except UserError as e:
+            pipeline = stage.get('pipeline') if isinstance(stage, dict) else '?'
+            raise UserError(f"Stage {i} of the workflow ({pipeline}): {e}") from None
     for i, r in enumerate(requests, 1):
         r = _with_checkpoint(r, made)
         run, earlier = _stage(r, skip)
@@ -287,7 +297,7 @@ def notebook_request(
 )->dict: # The request's fields
     "Pick the request out of a notebook's names. Raises `UserError` for a name that is no request field."
     plain = {k: v for k, v in names.items() if not k.startswith('_') and k not in _NOT_OURS
-             and (v is None or isinstance(v, (bool, int, float, str, list, tuple, dict)))}
+             and (k in DEFAULTS or v is None or isinstance(v, (bool, int, float, str, list, tuple, dict)))}
     strict = in_papermill()
     unknown = [f"unknown parameter '{k}'.{nearest(k, DEFAULTS)}" for k in plain if k not in DEFAULTS and (strict or nearest(k, DEFAULTS))]
     if unknown: raise UserError('\n'.join([*unknown, f"Parameters are {', '.join(DEFAULTS)}."]))

@@ -34,34 +34,60 @@ def _factor_dtype(hidden, unembedding): # dtype of the products' factors
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.promote_types(hidden.dtype, unembedding.dtype)
     return dtype if (kind, dtype) == ('cuda', torch.bfloat16) else torch.promote_types(dtype, torch.float32)
 
-def _addmm_(out, a, b, beta=1): # out = beta*out + a @ b, in out's dtype
-    return torch.addmm(out, a, b, beta=beta, out=out, **({} if a.dtype == out.dtype else {'out_dtype': out.dtype})) # out_dtype: CUDA only
+def _addmm_(out, a, b, beta=1, alpha=1): # out = beta*out + alpha*(a @ b), in out's dtype
+    more = {} if a.dtype == out.dtype else {'out_dtype': out.dtype} # CUDA only
+    return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out, **more)
 
 def _chunk_rows(V, D): return max(1, D//4, 2**17//V) # logits a quarter of the unembedding, but not less than 2**17 numbers
+
+# %% ../nbs/02_losses.ipynb #5a1c0e02
+def _logits_(out, xs, us, scale=1., bias=None): # (R, V) out = scale*(sum of x @ u.T + bias)
+    if bias is not None: out.copy_(bias)
+    for i, (x, u) in enumerate(zip(xs, us)):
+        beta = (0 if bias is None else scale) if i == 0 else 1
+        _addmm_(out, x, u.T, beta=beta, alpha=scale)
+
+def _softcap_(z, cap): # z becomes cap*tanh(z/cap); returns the derivative
+    slope = z.div_(cap).tanh_().square().neg_().add_(1)
+    z.mul_(cap)
+    return slope
 
 # %% ../nbs/02_losses.ipynb #3ce8b044
 class _MTPCrossEntropy(torch.autograd.Function):
     "(sum of scale x loss, losses (B, T, n)) over the rows with a target; gradients are made on the way."
     @staticmethod
-    def forward(ctx, hidden, unembedding, valid, ids, scale):
-        factor = _factor_dtype(hidden, unembedding)
+    def forward(ctx, valid, ids, scale, logit_scale, softcap, bias, *products): # products: hidden, unembedding, …
+        factor = _factor_dtype(*products[:2])
         full = torch.promote_types(factor, torch.float32)
-        h, u, rows = hidden.flatten(0, 2), unembedding.to(factor), valid.flatten().nonzero().squeeze(1)
+        rows = valid.flatten().nonzero().squeeze(1)
+        hs, us = [h.flatten(0, 2) for h in products[::2]], [u.to(factor) for u in products[1::2]]
         ids, scale = ids.flatten()[rows, None].long(), scale.flatten()[rows, None].to(full)
-        losses = torch.zeros(valid.numel(), 1, dtype=torch.float32, device=h.device)
-        grad_h = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
-        grad_u = torch.zeros_like(u, dtype=full) if ctx.needs_input_grad[1] else None
-        size = _chunk_rows(*u.shape)
-        buffer = u.new_empty(min(size, len(rows)), len(u), dtype=full)
+        losses = torch.zeros(valid.numel(), 1, dtype=torch.float32, device=valid.device)
+        need_bias, *need = ctx.needs_input_grad[5:]
+        grad_b = torch.zeros_like(bias, dtype=full) if need_bias else None
+        grad_hs = [torch.zeros_like(h) if x else None for h, x in zip(hs, need[::2])]
+        grad_us = [torch.zeros_like(u, dtype=full) if x else None for u, x in zip(us, need[1::2])]
+        size = _chunk_rows(*us[0].shape)
+        buffer = us[0].new_empty(min(size, len(rows)), len(us[0]), dtype=full)
         for at, y, c in zip(rows.split(size), ids.split(size), scale.split(size)):
-            x, p = h[at].to(factor), buffer[:len(at)]
-            loss, total = _nll_(_addmm_(p, x, u.T, beta=0), y)
+            xs, p = [h[at].to(factor) for h in hs], buffer[:len(at)]
+            _logits_(p, xs, us, logit_scale, bias)
+            slope = None if softcap is None else _softcap_(p, softcap)
+            loss, total = _nll_(p, y)
             losses[at] = loss.float()
-            if grad_h is None and grad_u is None: continue
-            g = p.mul_(c/total).scatter_add_(1, y, -c).to(factor) # scale (softmax - onehot)
-            if grad_u is not None: _addmm_(grad_u, g.T, x)
-            if grad_h is not None: grad_h[at] = torch.mm(g, u, out=x).to(h.dtype) # x is no longer needed
-        ctx.save_for_backward(None if grad_h is None else grad_h.view_as(hidden), None if grad_u is None else grad_u.to(unembedding.dtype))
+            if not (need_bias or any(need)): continue
+            g = p.mul_(c/total).scatter_add_(1, y, -c) # scale (softmax - onehot)
+            if slope is not None: g.mul_(slope)
+            if logit_scale != 1: g.mul_(logit_scale)
+            if grad_b is not None: grad_b += g.sum(0)
+            g = g.to(factor)
+            for x, u, grad_h, grad_u in zip(xs, us, grad_hs, grad_us):
+                if grad_u is not None: _addmm_(grad_u, g.T, x)
+                if grad_h is not None: grad_h[at] = torch.mm(g, u, out=x).to(grad_h.dtype) # x is no longer needed
+        for i, h in enumerate(products[::2]): grad_hs[i] = None if grad_hs[i] is None else grad_hs[i].view_as(h)
+        for i, u in enumerate(products[1::2]): grad_us[i] = None if grad_us[i] is None else grad_us[i].to(u.dtype)
+        grad_b = None if grad_b is None else grad_b.to(bias.dtype)
+        ctx.save_for_backward(grad_b, *(g for pair in zip(grad_hs, grad_us) for g in pair))
         token_losses = losses.view(valid.shape)
         ctx.mark_non_differentiable(token_losses)
         return (losses[rows]*scale).sum().float(), token_losses
@@ -69,7 +95,7 @@ class _MTPCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _): # in place: a second copy of the unembedding's gradient would cost as much as four chunks
-        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), None, None, None
+        return *[None]*5, *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
 
 # %% ../nbs/02_losses.ipynb #34c0eac0
 def _expect(name, x, *allowed):
@@ -88,18 +114,32 @@ def mtp_loss(
     labels, # (B, T) not shifted, -100 on prompt and padding
     weights=None, # (B, T) by target, or (B, T, n) by source and head; no gradient flows into them
     normalizer=None, # Tokens to divide by, a scalar or (n,): the `mtp_counts` of the whole optimizer step (default: this batch's)
+    *,
+    logit_scale:float=1., # Factor of all logits
+    softcap:float|None=None, # c of c*tanh(logits/c), after the scale
+    bias=None, # (V,) added before the scale
+    low_rank=None, # Adapter on the head: (B, T, n, r) and (V, r), whose product is added before the scale
 ): # (loss, token losses): scalar float32; (B, T, n) float32, source-indexed, unweighted, 0 where no target, without gradient
-    "Weighted MTP cross-entropy that never holds all logits (SPEC section 4; Gloeckle et al. 2024, arXiv 2404.19737, eq. 2, with weights). Raises `ValueError` for shapes that do not fit."
+    """Weighted MTP cross-entropy that never holds all logits (SPEC section 4; Gloeckle et al. 2024, arXiv 2404.19737,
+    eq. 2, with weights). Raises `ValueError` for shapes that do not fit."""
     if hidden.ndim != 4: raise ValueError(f"hidden has shape {tuple(hidden.shape)}: allowed is (B, T, n, D)")
     B, T, n, D = hidden.shape
-    counts = mtp_counts(labels, n) if normalizer is None else torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
+    if normalizer is None: counts = mtp_counts(labels, n)
+    else: counts = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
     _expect('unembedding', unembedding, (*unembedding.shape[:1], D))
     _expect('labels', labels, (B, T))
     _expect('normalizer', counts, (), (n,))
     if weights is not None: _expect('weights', weights, (B, T), (B, T, n))
+    if bias is not None: _expect('bias', bias, (len(unembedding),))
+    if low_rank is not None:
+        r = low_rank[1].shape[-1]
+        _expect('low_rank[0]', low_rank[0], (B, T, n, r)); _expect('low_rank[1]', low_rank[1], (len(unembedding), r))
     valid = by_source(labels != -100, n)
-    if not torch.is_grad_enabled(): hidden, unembedding = hidden.detach(), unembedding.detach() # then no gradient is made on the way
-    return _MTPCrossEntropy.apply(hidden, unembedding, valid, by_source(labels, n), _row_scale(weights, counts, valid))
+    tensors = [bias, hidden, unembedding, *(low_rank or ())]
+    if not torch.is_grad_enabled(): # then no gradient is made on the way
+        tensors = [None if x is None else x.detach() for x in tensors]
+    scale = _row_scale(weights, counts, valid)
+    return _MTPCrossEntropy.apply(valid, by_source(labels, n), scale, logit_scale, softcap, *tensors)
 
 def mtp_cross_entropy(
     hidden, # (B, T, n, D)
@@ -107,18 +147,20 @@ def mtp_cross_entropy(
     labels, # (B, T)
     weights=None, # (B, T) by target, or (B, T, n) by source and head
     normalizer=None, # Scalar or (n,)
+    **head, # logit_scale, softcap, bias, low_rank
 ): # Scalar float32
     "The loss alone: see `mtp_loss`."
-    return mtp_loss(hidden, unembedding, labels, weights, normalizer)[0]
+    return mtp_loss(hidden, unembedding, labels, weights, normalizer, **head)[0]
 
 @torch.no_grad()
 def mtp_token_cross_entropy(
     hidden, # (B, T, n, D)
     unembedding, # (V, D)
     labels, # (B, T)
+    **head, # logit_scale, softcap, bias, low_rank: as for `mtp_loss`
 ): # (B, T, n) float32, without gradient: [t, k-1] is head k at t, target t+k; 0 where no target
     "Every token's loss, by source and head: a reference's or a policy's, for `select_tokens` and for logging."
-    return mtp_loss(hidden, unembedding, labels)[1]
+    return mtp_loss(hidden, unembedding, labels, **head)[1]
 
 # %% ../nbs/02_losses.ipynb #926c630c
 def masked_mean(

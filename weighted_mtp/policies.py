@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import AutoTokenizer
 
-from .config import UserError, write_text
+from .config import UserError, plain, write_text
 from .data import collate_solutions, tokenizer_facts, vocabulary_id
 from .losses import mtp_counts
 from .models import build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
@@ -36,7 +36,7 @@ class PolicyObjective:
         self.data = load(d.train, s.n_samples)
         self.splits = {k: load(p, s.n_validation) for k, p in (('validation', d.validation), ('test', d.test)) if p}
         if 'validation' not in self.splits: raise UserError("dataset.validation is not set: the best checkpoint is chosen on it.")
-        self.model = build_policy(backbone, self.n, m.tuning, m.lora)
+        self.model = build_policy(backbone, self.n, m.tuning, plain(m.lora))
 
     def collate(self, samples): return collate_solutions(samples, self.tokenizer.pad_token_id)
     def counts(self, batch): return mtp_counts(batch['labels'], self.n) # targets of each head

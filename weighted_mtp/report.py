@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'token_html', 'critic_picture', 'write_page', 'weights_picture', 'choice_picture', 'Finished',
            'load_finished', 'learning_curves', 'weight_curves', 'calibration', 'critic_diagnostics', 'facts',
-           'settings', 'numbers', 'speed', 'evaluations', 'tokens_html', 'keep', 'write_report', 'main']
+           'settings', 'numbers', 'speed', 'evaluated', 'evaluations', 'tokens_html', 'errors', 'package_notes',
+           'error_bars', 'failure_bars', 'error_examples', 'first_failures', 'scrolled', 'keep', 'write_report', 'main']
 
 # %% ../nbs/16_report.ipynb #27f9384e
 import html, json, sys
@@ -17,6 +18,7 @@ from matplotlib import colormaps
 from matplotlib.colors import AsinhNorm, TwoSlopeNorm, to_hex
 
 from .config import UserError, project_root, read_json
+from .errors import package_hints, percent
 
 # %% ../nbs/16_report.ipynb #8708c252
 def token_html(
@@ -247,24 +249,34 @@ def speed(
     return pd.DataFrame({'': rows})
 
 # %% ../nbs/16_report.ipynb #21baf738
-def evaluations(
+def evaluated(
     run:Finished,
-): # A DataFrame, empty where nothing was judged
-    "pass@k with intervals, how answers ended, and speed, by benchmark."
-    import pandas as pd
+): # [(record, benchmark, what `evaluate` returned)]
+    "A run's own evaluations, or those of other records that evaluated its checkpoints."
     from weighted_mtp.records import read_records
     found = [(run.folder.name, run.result.get('evaluations', {}))]
     me = run.result.get('mlflow_run_id') # not the path: a later run of the same name has the same
     for folder, record in read_records() if me and run.result.get('checkpoints') else []:
         result = read_json(folder/'result.json') if (folder/'result.json').is_file() else {}
         if result.get('judged', {}).get('mlflow_run_id') == me: found.append((folder.name, result.get('evaluations', {})))
+    return [(name, benchmark, e) for name, each in found for benchmark, e in each.items()]
+
+def evaluations(
+    run:Finished,
+): # A DataFrame, empty where nothing was judged
+    "pass@k with intervals, how answers ended, and speed, by benchmark."
+    import pandas as pd
     rows = []
-    for name, each in found:
-        for benchmark, e in each.items():
-            scores = {k: f"{100*e[k]:.1f} % [{100*e[f'{k}_interval'][0]:.1f}, {100*e[f'{k}_interval'][1]:.1f}]" for k in e if k.startswith('pass@') and not k.endswith('interval')}
-            rows.append({'record': name, 'benchmark': benchmark, 'problems': e['problems'], 'samples': e['samples'], **scores, 'verdicts': ', '.join(f'{n} {v}' for v, n in e['verdicts'].items()),
-                         'tokens a pass': round(e['tokens_per_pass'], 2), 'tokens/s': round(e['tokens_per_second'], 1)})
-    return pd.DataFrame(rows)
+    for name, benchmark, e in evaluated(run):
+        ks = [k for k in e if k.startswith('pass@') and not k.endswith('interval')]
+        scores = {k: _with_interval(e[k], e[f'{k}_interval']) for k in ks}
+        verdicts = ', '.join(f'{n} {v}' for v, n in e['verdicts'].items())
+        rows.append({'record': name, 'benchmark': benchmark, 'problems': e['problems'], 'samples': e['samples'],
+                     **scores, 'verdicts': verdicts, 'tokens a pass': round(e['tokens_per_pass'], 2),
+                     'tokens/s': round(e['tokens_per_second'], 1)})
+    return pd.DataFrame(rows).fillna('') # not every evaluation has every k
+
+def _with_interval(x, interval): return f"{100*x:.1f} % [{100*interval[0]:.1f}, {100*interval[1]:.1f}]"
 
 def tokens_html(
     found:dict, # Of `tokens.json`: what, most, least
@@ -276,9 +288,134 @@ def tokens_html(
 
 def _one_line(text): return html.escape(text).replace('\n', '⏎')
 
+# %% ../nbs/16_report.ipynb #768dafc1
+def errors(
+    run:Finished,
+): # A DataFrame, empty where nothing was counted
+    "Errors by type, the most common first: answers, and their share of all answers; a column for each evaluation."
+    import pandas as pd
+    found = dict(_counted(run, 'errors'))
+    total = {}
+    for e in found.values():
+        for kind, x in e['errors'].items(): total[kind] = total.get(kind, 0) + x['share']
+    def cell(x): return f"{x['count']} ({percent(x['share'])})" if x else ''
+    kinds = sorted(total, key=lambda k: -total[k])
+    columns = {name: [cell(e['errors'].get(kind)) for kind in kinds] for name, e in found.items()}
+    return pd.DataFrame(columns, index=kinds)
+
+def _counted(run, key): # evaluations that have such counts, with what to call them
+    found = [x for x in evaluated(run) if x[2].get(key)]
+    several = len({name for name, _, _ in found}) > 1
+    return [(f'{benchmark} ({name})' if several else benchmark, e) for name, benchmark, e in found]
+
+def package_notes(
+    run:Finished,
+)->str: # A piece of HTML, or ''
+    "What programs wanted to import and may not."
+    notes = [f'{benchmark}: {hint}' for _, benchmark, e in evaluated(run) for hint in package_hints(e)]
+    return ''.join(f'<p>{html.escape(x)}.</p>' for x in notes)
+
+# %% ../nbs/16_report.ipynb #bfa7a689
+def _panels(n, height): # a figure with n axes, two in a row
+    import matplotlib.pyplot as plt
+    columns = min(n, 2)
+    rows = -(-n//columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(6.5*columns, height*rows), layout='constrained', squeeze=False)
+    fig.get_layout_engine().set(hspace=.08)
+    for ax in axes.flat[n:]: ax.axis('off')
+    plt.close(fig)
+    return fig, axes.flat
+
+def error_bars(
+    run:Finished,
+    most:int=10, # Types that are shown, of each evaluation
+): # A figure, or None where nothing was counted
+    "Shares of all answers by type of error."
+    found = _counted(run, 'errors')
+    if not found: return None
+    shown = max(min(most, len(e['errors'])) for _, e in found)
+    fig, axes = _panels(len(found), .9 + .28*shown)
+    for ax, (name, e) in zip(axes, found):
+        kinds = list(e['errors'].items())[:most]
+        bars = ax.barh([_plain(kind) for kind, _ in kinds], [100*x['share'] for _, x in kinds], color='C3', height=.7)
+        ax.bar_label(bars, [percent(x['share']) for _, x in kinds], fontsize=8, padding=3)
+        more = f" ({len(kinds)} of {len(e['errors'])} types)" if len(e['errors']) > len(kinds) else ''
+        ax.set(title=_plain(name) + more, xlabel='% of all answers', ylim=(shown - .4, -.6))
+        ax.margins(x=.15)
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.tick_params(axis='y', labelsize=8)
+    return fig
+
+def _plain(text): return text.replace('$', r'\$') # no formula to matplotlib
+
+def failure_bars(
+    run:Finished,
+    most:int=20, # Tests that have a bar of their own; the rest share one
+): # A figure, or None where nothing was counted
+    "How many answers failed first at which test."
+    found = _counted(run, 'first_failures')
+    if not found: return None
+    fig, axes = _panels(len(found), 2.6)
+    for ax, (name, e) in zip(axes, found):
+        counts = {}
+        for tests in e['first_failures'].values():
+            for test, n in tests.items(): counts[min(int(test), most)] = counts.get(min(int(test), most), 0) + n
+        at = range(min(1, *counts), max(6, *counts) + 1)
+        labels = ['before' if i == 0 else f'{i}+' if i == most else str(i) for i in at]
+        ax.bar(at, [counts.get(i, 0) for i in at], color='C0', width=.7)
+        ax.set_xticks(at, labels, fontsize=8)
+        ax.set(title=_plain(name), xlabel='first failing test', ylabel='answers', xlim=(at[0] - .6, at[-1] + .6))
+        ax.yaxis.get_major_locator().set_params(integer=True)
+        ax.spines[['top', 'right']].set_visible(False)
+    return fig
+
+# %% ../nbs/16_report.ipynb #e7578c46
+def error_examples(
+    run:Finished,
+)->str: # A piece of HTML, or ''
+    "One answer of each type of error: its message and its program; a part that opens for each evaluation."
+    def row(kind, x):
+        e = x['example']
+        where = f"{html.escape(kind)}<br><span style='color:#666'>{html.escape(e['problem_id'])}</span>"
+        program = f"<pre style='margin:0;font-size:12px;max-height:16em;overflow:auto'>{html.escape(e['program'])}</pre>"
+        message = f"<code>{html.escape(e['message'])}</code>"
+        return f"<tr><td>{where}</td><td style='width:30%'>{message}</td><td style='width:52%'>{program}</td></tr>"
+    def part(name, e, first):
+        rows = ''.join(row(kind, x) for kind, x in e['errors'].items())
+        head = '<tr><th>error, problem</th><th>message</th><th>program</th></tr>'
+        table = f"<table style='width:100%;background:#fff;color:#000'>{head}{rows}</table>"
+        return f"<details{' open' if first else ''}><summary><b>{html.escape(name)}</b></summary>{table}</details>"
+    return ''.join(part(name, e, i == 0) for i, (name, e) in enumerate(_counted(run, 'errors')))
+
+def first_failures(
+    run:Finished,
+): # A DataFrame, empty where nothing was counted
+    "Of each problem: which test its answers failed first, and how many did."
+    import pandas as pd
+    def words(tests): return ', '.join(f'{n} × test {t}'.replace('test 0', 'before the tests') for t, n in tests.items())
+    def row(name, problem, tests):
+        failed = sum(tests.values())
+        return {'benchmark': name, 'problem': problem, 'answers that failed': failed, 'first failing test': words(tests)}
+    rows = [row(name, problem, tests) for name, e in _counted(run, 'first_failures')
+            for problem, tests in e['first_failures'].items()]
+    return pd.DataFrame(rows)
+
+def scrolled(
+    table, # A DataFrame or None
+)->str|None: # HTML
+    "A long table in a window of its own."
+    if table is None: return None
+    window = 'max-height:22em;overflow:auto;border:1px solid #ddd'
+    return f"<div style='{window}'>{table.to_html(index=False, border=0, justify='left')}</div>"
+
 # %% ../nbs/16_report.ipynb #97ab999a
-STYLE = """<style>body{font-family:sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#111;background:#fff} table{border-collapse:collapse;font-size:13px} td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-img{max-width:100%} h1{border-bottom:2px solid #247} h2{margin-top:1.6em;color:#247} pre{white-space:pre-wrap;overflow-wrap:anywhere} td{overflow-wrap:anywhere} code{font-size:12px} .jp-OutputPrompt,.prompt,.anchor-link{display:none}</style>"""
+STYLE = """<style>
+body{font-family:sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#111;background:#fff}
+table{border-collapse:collapse;font-size:13px} .dataframe thead th{text-align:left !important}
+td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+img{max-width:100%} h1{border-bottom:2px solid #247} h2{margin-top:1.6em;color:#247}
+pre{white-space:pre-wrap;overflow-wrap:anywhere} td{overflow-wrap:anywhere} code{font-size:12px}
+.jp-OutputPrompt,.prompt,.anchor-link{display:none}</style>"""
 
 def keep(
     run:Finished,

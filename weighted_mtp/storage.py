@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'LANGUAGES', 'SOURCES', 'SMALL', 'SMALL_EACH', 'MODELS', 'r
            'wmtp_setup']
 
 # %% ../nbs/15_storage.ipynb #3f782396
-import ast, gzip, hashlib, json, os, random, re, shutil
+import ast, hashlib, json, os, random, re, shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,25 +20,36 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .config import UserError, load_env, load_site, nearest, project_root, read_json, redact
+from .jsonl import check_file, read_jsonl
 
 # %% ../nbs/15_storage.ipynb #03cf26b8
 def read_rows(
     file, # .parquet, .jsonl, .jsonl.gz, or .json with an array
     fields:dict, # Required fields; a dict in place of None for what is within one
 ):
-    "Yield rows as dicts. Raises `UserError` naming file, row and field."
+    "Yield rows as dicts. Raises `UserError` naming file, row or line, and field."
+    for _, row in _placed_rows(file, fields): yield row
+
+def _placed_rows(file, fields): # where a row stands, for messages, and the row
     file = Path(file)
     try:
-        if file.suffix == '.parquet': yield from _parquet_rows(file, fields)
-        elif file.suffix == '.json': yield from _checked(enumerate(json.loads(file.read_text(encoding='utf-8')), 1), file, fields)
-        else:
-            with (gzip.open if file.suffix == '.gz' else open)(file, 'rb') as f: yield from _checked(_parsed(f, file), file, fields)
-    except (pa.ArrowInvalid, OSError, EOFError) as e: raise UserError(f"{file} cannot be read ({str(e).splitlines()[0]}). A half-finished download? Delete it and fetch it again.") from None
+        if file.suffix == '.parquet': rows, unit = enumerate(_parquet_rows(file, fields), 1), 'row'
+        elif file.suffix == '.json': rows, unit = enumerate(_array(file), 1), 'row'
+        else: rows, unit = read_jsonl(file, surrogates=True), 'line'
+        for i, row in rows:
+            where = f'{file}, {unit} {i}'
+            if not isinstance(row, dict): raise UserError(f"{where}: not a JSON object.")
+            if file.suffix != '.parquet': _complain(where, _missing(row, fields), row)
+            yield where, row
+    except (pa.ArrowInvalid, OSError) as e:
+        raise UserError(f"{file} cannot be read ({str(e).splitlines()[0]}). "
+                        "A half-finished download? Delete it and fetch it again.") from None
 
-def _parsed(f, file):
-    for i, line in enumerate(f, 1):
-        try: yield i, json.loads(line)
-        except ValueError as e: raise UserError(f"{file}, line {i}: not valid JSON ({e}).") from None
+def _array(file): # of a .json file
+    try: rows = json.loads(check_file(file).read_text(encoding='utf-8-sig'))
+    except ValueError as e: raise UserError(f"{file}: not valid JSON ({e}).") from None
+    if not isinstance(rows, list): raise UserError(f"{file}: not an array. With one object a line, call the file .jsonl.")
+    return rows
 
 def _missing(names, fields, within=''): # dotted names that are not there
     for name, inner in fields.items():
@@ -46,12 +57,6 @@ def _missing(names, fields, within=''): # dotted names that are not there
         elif inner:
             for x in names[name] if isinstance(names[name], list) else [names[name]]:
                 if isinstance(x, dict): yield from _missing(x, inner, f'{within}{name}.')
-
-def _checked(rows, file, fields):
-    for i, row in rows:
-        if not isinstance(row, dict): raise UserError(f"{file}, row {i}: not a JSON object.")
-        _complain(f'{file}, row {i}', _missing(row, fields), row)
-        yield row
 
 def _complain(where, missing, has):
     if gone := list(missing): raise UserError(f"{where}: field '{gone[0]}' is missing; it has {', '.join(map(str, has))}. Has the source changed its format?")
@@ -138,7 +143,7 @@ SOURCES = {
         dict(name=None, description=None, public_tests=_io, private_tests=_io, generated_tests=_io, source=None, difficulty=None,
              solutions=_solutions, incorrect_solutions=_solutions, time_limit=None, memory_limit_bytes=None),
         _codecontests, lambda said, row: {'valid': 'validation'}.get(said, said), 'competition problems, correct and incorrect solutions (CC-BY-4.0)'),
-    'mbpp': Source('google-research-datasets/mbpp', r'(^full/.*\.parquet|(^|/)mbpp\.jsonl)$',
+    'mbpp': Source('google-research-datasets/mbpp', r'(^full/.*\.parquet|(^|/)mbpp\.jsonl(\.gz)?)$',
         dict(task_id=None, text=None, code=None, test_list=None, test_setup_code=None, challenge_test_list=None), _mbpp, _mbpp_split, 'basic Python problems with three tests each (CC-BY-4.0)'),
     'humaneval': Source('openai/openai_humaneval', r'(^openai_humaneval/.*\.parquet|(^|/)HumanEval\.jsonl(\.gz)?)$',
         dict(task_id=None, prompt=None, canonical_solution=None, test=None, entry_point=None), _humaneval, lambda said, row: 'test', '164 functions to complete (MIT)'),
@@ -253,9 +258,12 @@ def convert(
         m = re.search(source.files, path_in)
         said = next((v for k, v in m.groupdict().items() if k.startswith('split') and v), None)
         total = pq.ParquetFile(file).metadata.num_rows if file.suffix == '.parquet' and _opens(file) else None
-        for i, row in enumerate(tqdm(read_rows(file, source.fields), desc=path_in, total=total, unit='problem', mininterval=1, leave=False), 1):
+        rows = _placed_rows(file, source.fields)
+        for where, row in tqdm(rows, desc=path_in, total=total, unit='problem', mininterval=1, leave=False):
             try: split, problem = source.split(said, row), _sound(source.convert(row, languages))
-            except (TypeError, ValueError, KeyError, AttributeError) as e: raise UserError(f"{file}, row {i}: cannot be understood ({type(e).__name__}: {e}). Has {source.repo} changed its format?") from None
+            except (TypeError, ValueError, KeyError, AttributeError) as e:
+                what = f'{type(e).__name__}: {e}'
+                raise UserError(f"{where}: cannot be understood ({what}). Has {source.repo} changed its format?") from None
             if split is None: continue
             if split not in splits: splits[split] = [_Split(part, split), _Split(part/'small', split, small=True)]
             if problem.problem_id in seen: splits[split][0].count['repeated'] += 1; continue # the same file twice, or a problem of two splits

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BEST', 'FINAL', 'FREE', 'training_arguments', 'lr_factor', 'per_epoch', 'ByLength', 'shard', 'whole', 'spread',
            'whole_state', 'load_whole_state', 'optimizer_state', 'load_optimizer_state', 'WeightedTrainer',
-           'epoch_checkpoints', 'random_states', 'set_random_states', 'finish', 'begin_run', 'note_run',
-           'SaveOnSigterm', 'ProgressFile', 'is_main', 'record_dir', 'Stopped', 'LogTo', 'tracked_run', 'fit',
-           'load_parts', 'print_metrics', 'prepare', 'pipeline_main']
+           'check_gradients', 'epoch_checkpoints', 'random_states', 'set_random_states', 'finish', 'begin_run',
+           'note_run', 'SaveOnSigterm', 'ProgressFile', 'is_main', 'record_dir', 'Stopped', 'LogTo', 'tracked_run',
+           'fit', 'load_parts', 'print_metrics', 'prepare', 'pipeline_main']
 
 # %% ../nbs/07_training.ipynb #dc50deb8
 import argparse, faulthandler, json, math, os, random, signal, subprocess, sys, tempfile, threading, time, uuid
@@ -139,6 +139,7 @@ class WeightedTrainer(Trainer):
         self.loss_is_scaled_for_ga = True # `totals` cover the whole step
         self._shares, self._stats, self._logged_step, self.last_metrics, self.evaluated_at = {}, {}, 0, {}, None
         self._in_step, self._bad_steps, self._resume, self.run, self.uploader = [], 0, None, {}, None
+        self._first_step = True
         if self.args.world_size > 1 and config.distributed.fsdp.sharding_strategy == 'FULL_SHARD':
             shard(self.model, torch.bfloat16 if self.args.bf16 else None)
             self.is_distributed_loading_by_transformers = True # "already sharded": what keeps Trainer from wrapping it in DDP
@@ -218,11 +219,26 @@ def loader(self:WeightedTrainer, data):
     "Batches of `data` in order, each rank its share."
     return self.accelerator.prepare(DataLoader(data, batch_size=self.args.eval_batch_size, collate_fn=self.objective.collate))
 
+# %% ../nbs/07_training.ipynb #5a1c1002
+def check_gradients(
+    model, # After the first backward pass of a run
+    untrained=frozenset(), # Names of parameters that have no gradient by design
+):
+    "Raise `UserError` for trainable parameters that no loss reaches."
+    dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None and n not in untrained]
+    if not dead: return
+    more = f" and {len(dead)-1} others" if dead[1:] else ''
+    advice = "Use model.tuning = lora or frozen"
+    if '.lora_' in dead[0]: advice = "Leave its layer out of model.lora.target_modules"
+    raise UserError(f"The trainable parameter {dead[0]}{more} got no gradient in the first step: nothing in "
+                    f"this pipeline's loss depends on it, so it would keep its start value. {advice}, or choose a loss that uses it.")
+
 # %% ../nbs/07_training.ipynb #2a014aa5
 @patch
 def _clip_grad_norm(self:WeightedTrainer, model):
     "Trainer's hook between backward and step: clip, or leave the step out."
-    norm = whole(Trainer._clip_grad_norm(self, model))
+    if self._first_step: check_gradients(self.model, getattr(self.objective, 'untrained', frozenset()))
+    self._first_step, norm = False, whole(Trainer._clip_grad_norm(self, model))
     if torch.isfinite(norm): self._bad_steps = 0
     else:
         self._bad_steps += 1

@@ -68,7 +68,7 @@ def _number(text): # None where it is none, such as 1.2.3
     return x if math.isfinite(x) else None
 
 def _problem_file(name, root, split):
-    if name.endswith(('.jsonl', '.jsonl.gz', '.json')): return check_file(name)
+    if name.endswith(('.jsonl', '.json', '.gz')): return check_file(name)
     file = Path(root)/name/f'{split}.problems.jsonl'
     if found := next((f for f in (file, file.with_name(file.name + '.gz')) if f.is_file()), None): return found
     if name in BENCHMARKS: raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")

@@ -710,9 +710,9 @@ def test_runner(channel, job, uid): # in a process of its own; says the verdict,
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory)) # tests copy what the program returns
     runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
     signal.setitimer(signal.ITIMER_REAL, limits['seconds']*runs + limits['test_seconds']) # a test may loop, too
-    start = time.monotonic()
     verdict = dict(status='broken', message='no process for the program')
     if channel.recv(16) == b'ready':
+        start = time.monotonic()
         verdict = _verdict(*_judge(channel, limits, tests), limits, start)
     _say(token=job['token'], **verdict)
 

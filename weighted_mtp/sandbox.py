@@ -34,7 +34,6 @@ def _required(name, found): # distributions that one stands on, itself included,
         if r.marker is None or r.marker.evaluate(dict(extra='')): _required(r.name, found)
     return found
 
-@lru_cache
 def _distributions(): return importlib.metadata.packages_distributions() # import name -> distributions
 
 def _spec(name): # None where it cannot be found

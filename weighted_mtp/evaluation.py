@@ -277,7 +277,8 @@ def judge_references(
         rows = read_solutions(solved) if solved.stat().st_size else [] # a split whose problems nobody solved
         right = [r for r in rows if r['is_correct']]
         known = [r for r in right if str(r['problem_id']) in problems]
-        if others := len(right) - len(known): print(f"{solved}: {others} solutions of problems without tests are left out.", flush=True)
+        if others := len(right) - len(known):
+            print(f"{solved}: {others} solutions of problems without tests are left out.", flush=True)
         jobs += [(problems[str(r['problem_id'])], r['output']) for r in known]
     if not jobs: raise UserError(f"{folder} holds no problems. Get them with: wmtp-setup data {name}")
     def run(texts): # one `Result` a solution

@@ -186,6 +186,7 @@ def test_files_that_are_not_there(tmp_path, tokenizer, monkeypatch):
             words = refusal(read, name)
             assert said in words and words.endswith('Check dataset.train and dataset.validation.'), words
         assert said in refusal(load_benchmark, name)
+    assert 'not found' in refusal(load_benchmark, 'no.json.gz') # a file, not a benchmark's name
     assert 'Give one of its files: other.jsonl.gz, train.jsonl' in refusal(read_solutions, '.')
     assert "Did you mean 'mbpp'? There are synthetic, " in refusal(load_benchmark, 'mbp')
 

@@ -68,7 +68,7 @@ def _number(text): # None where it is none, such as 1.2.3
     return x if math.isfinite(x) else None
 
 def _problem_file(name, root, split):
-    if name.endswith(('.jsonl', '.jsonl.gz', '.json')): return check_file(name)
+    if name.endswith(('.jsonl', '.json', '.gz')): return check_file(name)
     file = Path(root)/name/f'{split}.problems.jsonl'
     if found := next((f for f in (file, file.with_name(file.name + '.gz')) if f.is_file()), None): return found
     if name in BENCHMARKS: raise UserError(f"{file} not found. Get it with: wmtp-setup data {name}")
@@ -277,7 +277,8 @@ def judge_references(
         rows = read_solutions(solved) if solved.stat().st_size else [] # a split whose problems nobody solved
         right = [r for r in rows if r['is_correct']]
         known = [r for r in right if str(r['problem_id']) in problems]
-        if others := len(right) - len(known): print(f"{solved}: {others} solutions of problems without tests are left out.", flush=True)
+        if others := len(right) - len(known):
+            print(f"{solved}: {others} solutions of problems without tests are left out.", flush=True)
         jobs += [(problems[str(r['problem_id'])], r['output']) for r in known]
     if not jobs: raise UserError(f"{folder} holds no problems. Get them with: wmtp-setup data {name}")
     def run(texts): # one `Result` a solution

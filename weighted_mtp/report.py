@@ -377,7 +377,8 @@ def error_examples(
     def row(kind, x):
         e = x['example']
         where = f"{html.escape(kind)}<br><span style='color:#666'>{html.escape(e['problem_id'])}</span>"
-        program = f"<pre style='margin:0;font-size:12px;max-height:16em;overflow:auto'>{html.escape(e['program'])}</pre>"
+        style = 'margin:0;font-size:12px;max-height:16em;overflow:auto'
+        program = f"<pre style='{style}'>{html.escape(e['program'])}</pre>"
         message = f"<code>{html.escape(e['message'])}</code>"
         return f"<tr><td>{where}</td><td style='width:30%'>{message}</td><td style='width:52%'>{program}</td></tr>"
     def part(name, e, first):
@@ -392,10 +393,11 @@ def first_failures(
 ): # A DataFrame, empty where nothing was counted
     "Of each problem: which test its answers failed first, and how many did."
     import pandas as pd
-    def words(tests): return ', '.join(f'{n} × test {t}'.replace('test 0', 'before the tests') for t, n in tests.items())
+    def place(test): return f'test {test}' if int(test) else 'before the tests'
+    def words(tests): return ', '.join(f'{n} × {place(test)}' for test, n in tests.items())
     def row(name, problem, tests):
-        failed = sum(tests.values())
-        return {'benchmark': name, 'problem': problem, 'answers that failed': failed, 'first failing test': words(tests)}
+        return {'benchmark': name, 'problem': problem, 'answers that failed': sum(tests.values()),
+                'first failing test': words(tests)}
     rows = [row(name, problem, tests) for name, e in _counted(run, 'first_failures')
             for problem, tests in e['first_failures'].items()]
     return pd.DataFrame(rows)

@@ -48,8 +48,8 @@ def _placed_rows(file, fields): # where a row stands, for messages, and the row
 def _array(file): # of a .json file
     try: rows = json.loads(check_file(file).read_text(encoding='utf-8-sig'))
     except ValueError as e: raise UserError(f"{file}: not valid JSON ({e}).") from None
-    if not isinstance(rows, list): raise UserError(f"{file}: not an array. With one object a line, call the file .jsonl.")
-    return rows
+    if isinstance(rows, list): return rows
+    raise UserError(f"{file}: not an array. With one object a line, call the file .jsonl.")
 
 def _missing(names, fields, within=''): # dotted names that are not there
     for name, inner in fields.items():
@@ -262,8 +262,8 @@ def convert(
         for where, row in tqdm(rows, desc=path_in, total=total, unit='problem', mininterval=1, leave=False):
             try: split, problem = source.split(said, row), _sound(source.convert(row, languages))
             except (TypeError, ValueError, KeyError, AttributeError) as e:
-                what = f'{type(e).__name__}: {e}'
-                raise UserError(f"{where}: cannot be understood ({what}). Has {source.repo} changed its format?") from None
+                why = f'cannot be understood ({type(e).__name__}: {e}). Has {source.repo} changed its format?'
+                raise UserError(f'{where}: {why}') from None
             if split is None: continue
             if split not in splits: splits[split] = [_Split(part, split), _Split(part/'small', split, small=True)]
             if problem.problem_id in seen: splits[split][0].count['repeated'] += 1; continue # the same file twice, or a problem of two splits

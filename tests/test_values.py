@@ -248,6 +248,8 @@ def test_references():
             ('experiment.name=${experiment.name}', 'experiment.name'), ('experiment.name=${training}', 'unknown key'),
             ('training.seed=${experiment.name}', 'training.seed'), ('training.seed=a${training.seed}', 'training.seed'),
             ('experiment.name=${training.sed}', "Did you mean 'training.seed'"),
+            ('experiment.name=${oc.env:HOME}', 'begins a reference'), ('experiment.name=${', 'begins a reference'),
+            ('experiment.name=\\${experiment.description}', 'begins a reference'),
             ('evaluation.benchmarks=["${x}"]', 'unknown key')):
         assert says in told(apply_overrides, {}, [override]), override
 

@@ -259,7 +259,8 @@ class Interval:
         return above and (x <= self.high if self.brackets[1] == ']' else x < self.high)
 
     def __str__(self):
-        low, high = (f'{x:,}'.replace(',', '_') if isinstance(x, int) else str(x) for x in (self.low, self.high))
+        def shown(x): return f'{x:_}' if isinstance(x, int) and x < 1e15 else f'{x:g}'
+        low, high = shown(self.low), shown(self.high)
         if self.brackets == '[]': return f'from {low} to {high}'
         return (f"{'at least' if self.brackets[0] == '[' else 'above'} {low} and "
                 f"{'at most' if self.brackets[1] == ']' else 'below'} {high}")
@@ -359,7 +360,7 @@ class Training:
     max_steps: int = setting(-1, '[1, 1e9]', also=(-1,)) # Optimizer steps (-1: as n_epochs says)
     batch_size: int = setting(12, '[1, 1e6]') # Per GPU; pairs for the critic
     gradient_accumulation_steps: int = setting(2, '[1, 1e6]')
-    learning_rate: float = setting(1e-4, '(0, 1]')
+    learning_rate: float = setting(1e-4, '(0, 1e30]') # One too high is found by max_bad_steps
     head_learning_rate: float|None = setting(None, '(0, 1]') # Value head (null: learning_rate)
     weight_decay: float = setting(0.01, '[0, 10]')
     adam_beta1: float = setting(0.9, '[0, 1)')

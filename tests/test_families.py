@@ -178,10 +178,12 @@ def test_blocks_that_cannot_draft_generate_without(capsys, monkeypatch):
     assert got == [want, want]
     assert capsys.readouterr().out.count('LlamaForCausalLM generates without drafts') == 1
 
-@pytest.mark.parametrize('more', (dict(hidden_act='gelu'), dict(attn_implementation='eager'), dict(mlp_bias=True)), ids=str)
+UNUSUAL = (dict(hidden_act='gelu'), dict(attn_implementation='eager'), dict(mlp_bias=True))
+
+@pytest.mark.parametrize('more', UNUSUAL, ids=str)
 @torch.no_grad()
 def test_drafts_of_unusual_llamas(more, ids):
-    "The fast way for Llama's heads is taken only where it computes what the blocks do; masks fit the kind of attention."
+    "The fast way for Llama's heads is taken only where it computes what they do; masks fit the kind of attention."
     backbone = llama(num_key_value_heads=2, initializer_range=.3, **more)
     policy = perturbed(MTPForCausalLM.from_backbone(backbone, 3), 'extra_heads')
     drafting_is_exact(policy, backbone, ids)

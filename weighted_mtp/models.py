@@ -10,7 +10,7 @@ __all__ = ['logit_terms', 'low_rank_terms', 'BackboneConfig', 'BackboneModel', '
            'convert_meta', 'export_backbone']
 
 # %% ../nbs/03_models.ipynb #d660dca3
-import copy, json, re, shutil
+import copy, json, re, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -393,7 +393,10 @@ def add_lora(
     targets = lora['target_modules']
     config = LoraConfig(r=lora['r'], lora_alpha=lora['alpha'], lora_dropout=lora['dropout'], task_type='CAUSAL_LM',
                         target_modules=targets if isinstance(targets, str) else list(targets))
-    try: inject_adapter_in_model(config, backbone)
+    try:
+        with warnings.catch_warnings(): # peft warns of merging where head and embedding are tied: `export_backbone` unties
+            warnings.filterwarnings('ignore', message='Model has `tie_word_embeddings=True`')
+            inject_adapter_in_model(config, backbone)
     except (ValueError, KeyError, re.error) as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(f"model.lora.target_modules = {targets}: {why} A list holds the last parts of layers' names "

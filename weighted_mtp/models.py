@@ -394,7 +394,7 @@ def add_lora(
     config = LoraConfig(r=lora['r'], lora_alpha=lora['alpha'], lora_dropout=lora['dropout'], task_type='CAUSAL_LM',
                         target_modules=targets if isinstance(targets, str) else list(targets))
     try:
-        with warnings.catch_warnings(): # peft warns of merging where head and embedding are tied: `export_backbone` unties
+        with warnings.catch_warnings(): # peft warns of merging tied layers: `export_backbone` unties them
             warnings.filterwarnings('ignore', message='Model has `tie_word_embeddings=True`')
             inject_adapter_in_model(config, backbone)
     except (ValueError, KeyError, re.error) as e:

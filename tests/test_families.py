@@ -157,6 +157,46 @@ def test_exact_with_adapters(name, ids, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(export_backbone(policy, tmp_path/'plain')).eval()
         near(plain(ids).logits, own)
 
+class Words: # a tokenizer of one token a number
+    eos_token_id, pad_token_id, bos_token_id = 2, 0, None
+    def __call__(self, texts, **kw): return dict(input_ids=[[int(w) for w in t.split()] for t in texts])
+    def decode(self, ids, skip_special_tokens=True): return ' '.join(map(str, ids))
+
+PROMPTS = ['10 53 51 11 40 4 44 59', '7 7 3']
+
+def test_blocks_that_cannot_draft_generate_without(capsys, monkeypatch):
+    "As DeepSeek 3.2, whose blocks need a cache with an index: said once, and the text is the same."
+    class Needy(LlamaDecoderLayer):
+        def forward(self, *args, past_key_values=None, **kw):
+            if past_key_values is not None and self.self_attn.layer_idx >= 2: raise ValueError('no index in this cache')
+            return super().forward(*args, past_key_values=past_key_values, **kw)
+    policy = MTPForCausalLM.from_backbone(llama(num_attention_heads=2, num_key_value_heads=2, initializer_range=.3), 3)
+    want = [g.ids for g in generation.generate(policy, Words(), PROMPTS, 8, self_speculative=False)]
+    for head in policy.extra_heads: head.__class__ = Needy
+    monkeypatch.setattr(generation._LlamaHeads, 'fits', lambda model: False)
+    got = [[g.ids for g in generation.generate(policy, Words(), PROMPTS, 8)] for _ in range(2)]
+    assert got == [want, want]
+    assert capsys.readouterr().out.count('LlamaForCausalLM generates without drafts') == 1
+
+UNUSUAL = (dict(hidden_act='gelu'), dict(attn_implementation='eager'), dict(mlp_bias=True))
+
+@pytest.mark.parametrize('more', UNUSUAL, ids=str)
+@torch.no_grad()
+def test_drafts_of_unusual_llamas(more, ids):
+    "The fast way for Llama's heads is taken only where it computes what they do; masks fit the kind of attention."
+    backbone = llama(num_key_value_heads=2, initializer_range=.3, **more)
+    policy = perturbed(MTPForCausalLM.from_backbone(backbone, 3), 'extra_heads')
+    drafting_is_exact(policy, backbone, ids)
+
+def test_a_family_that_begins_a_new_cache():
+    "Phi 3 turns its positions another way once a text is longer than `original_max_position_embeddings`."
+    rope = dict(rope_type='longrope', rope_theta=1e4, short_factor=[1.]*4, long_factor=[4.]*4, factor=4.,
+                original_max_position_embeddings=16)
+    backbone = backbone_of('Phi3', rope_parameters=rope, original_max_position_embeddings=16, sliding_window=None)
+    policy = MTPForCausalLM.from_backbone(backbone, 2)
+    want = [g.ids for g in generation.generate(backbone, Words(), PROMPTS, 14)]
+    assert [g.ids for g in generation.generate(policy, Words(), PROMPTS, 14)] == want and not policy.can_draft
+
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_by_name(name, ids):
     reason, more = REFUSED[name]

@@ -10,7 +10,7 @@ __all__ = ['logit_terms', 'low_rank_terms', 'BackboneConfig', 'BackboneModel', '
            'convert_meta', 'export_backbone']
 
 # %% ../nbs/03_models.ipynb #d660dca3
-import copy, json, re, shutil
+import copy, json, re, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,8 +177,8 @@ def _compare(name, ours, own, tolerance): # as `_four_tokens` gives them
     differ = f"differ by up to {off[row, k]:.2g} (largest logit {largest[row]:.2g}) from its own"
     if k: raise UserError(f"{name}: its last block, run again as head 2, gives other logits; they {differ}.")
     raise UserError(f"{name}: logits computed from its last hidden states {differ}. Between the two it does more "
-                    "than is known here (product with the head's weight, bias, scale, soft cap), so losses would be wrong. Use "
-                    "another backbone.")
+                    "than is known here (product with the head's weight, bias, scale, soft cap), so losses would be "
+                    "wrong. Use another backbone.")
 
 @torch.no_grad()
 def check_logits(
@@ -231,7 +231,8 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         places = len({m.layer_idx for m in placed(layers[-1])}) # that a block takes in a cache
         for i, head in enumerate(self.extra_heads, 1):
             for m in placed(head): m.layer_idx += i*places
-        self.generation_config, self.can_draft = copy.deepcopy(self.backbone.generation_config), True
+        self.generation_config = copy.deepcopy(self.backbone.generation_config)
+        self.can_draft = not (self._prepares_itself() and self._changes_rotation())
         if config.lora: self.adapt(config.lora)
         self.post_init()
 
@@ -271,9 +272,15 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         ends = [block_states(h(*call['args'], **call['kwargs'])) for h in self.extra_heads[:n-1]]
         return torch.stack([out.last_hidden_state, *map(norm, ends)], 2), out, (call['args'], call['kwargs'])
 
-    def prepare_inputs_for_generation(self, *args, **kwargs): # Phi 3 has its own; `generate` looks for the name kwargs
-        own = type(self.backbone).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-        return (self.backbone if own else super()).prepare_inputs_for_generation(*args, **kwargs)
+    def _prepares_itself(self): # Phi 3 does
+        return type(self.backbone).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+
+    def _changes_rotation(self): # and begins a new cache where texts get long: nothing can be cut off the old one
+        c = self.backbone.config.get_text_config()
+        return c.max_position_embeddings > getattr(c, 'original_max_position_embeddings', torch.inf)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs): # `generate` looks for the name kwargs
+        return (self.backbone if self._prepares_itself() else super()).prepare_inputs_for_generation(*args, **kwargs)
 
     def heads_hidden(self, **kw): return self.hidden_states(self.config.n_future_tokens, **kw)[0]
 
@@ -386,7 +393,10 @@ def add_lora(
     targets = lora['target_modules']
     config = LoraConfig(r=lora['r'], lora_alpha=lora['alpha'], lora_dropout=lora['dropout'], task_type='CAUSAL_LM',
                         target_modules=targets if isinstance(targets, str) else list(targets))
-    try: inject_adapter_in_model(config, backbone)
+    try:
+        with warnings.catch_warnings(): # peft warns of merging tied layers: `export_backbone` unties them
+            warnings.filterwarnings('ignore', message='Model has `tie_word_embeddings=True`')
+            inject_adapter_in_model(config, backbone)
     except (ValueError, KeyError, re.error) as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(f"model.lora.target_modules = {targets}: {why} A list holds the last parts of layers' names "

@@ -231,7 +231,8 @@ def check_gradients(
     advice = "Use model.tuning = lora or frozen"
     if '.lora_' in dead[0]: advice = "Leave its layer out of model.lora.target_modules"
     raise UserError(f"The trainable parameter {dead[0]}{more} got no gradient in the first step: nothing in "
-                    f"this pipeline's loss depends on it, so it would keep its start value. {advice}, or choose a loss that uses it.")
+                    f"this pipeline's loss depends on it, so it would keep its start value. {advice}, or choose "
+                    "a loss that uses it.")
 
 # %% ../nbs/07_training.ipynb #2a014aa5
 @patch

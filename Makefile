@@ -22,7 +22,7 @@ lab: .venv/.installed ## Open JupyterLab on the launch form
 test: .venv/.installed ## Everything CI runs: packages, notebooks, pytest (which also checks the export)
 	$(BIN)/python -m pip check
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) nbdev-test --n-workers 2 --timing
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) python -m pytest -n 2 --dist loadfile --durations 15
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) python -m pytest -n 2 --dist loadfile --durations 10
 
 # Two at a time with a thread each: threads that wait by spinning slow a busy machine down tenfold
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE

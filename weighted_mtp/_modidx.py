@@ -299,7 +299,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'weighted_mtp.jail.Player._take': ('jail.html#player._take', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Player.ask': ('jail.html#player.ask', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Player.end': ('jail.html#player.end', 'weighted_mtp/jail.py'),
-                                   'weighted_mtp.jail.Player.finish': ('jail.html#player.finish', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Player.known': ('jail.html#player.known', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Player.line': ('jail.html#player.line', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.Player.report': ('jail.html#player.report', 'weighted_mtp/jail.py'),

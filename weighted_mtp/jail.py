@@ -429,7 +429,7 @@ def _player_process(fds, job): # standard streams, report, and maybe a socket fo
     sys.stderr = open(2, 'w', buffering=1, encoding='utf-8', errors='backslashreplace', closefd=False) # flushes lines
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
-    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed() # else every program would draw the same numbers
+    if 'numpy.random' in sys.modules: sys.modules['numpy.random'].seed() # else every program draws the same numbers
     limit(limits)
     play(job['program'], job.get('setup') or '', calls)
 
@@ -459,13 +459,13 @@ class Player:
         self.ended = self.ended or Ended(*why)
         return self.ended
 
-    def _pump(self, seconds=None): # whatever comes next
+    def _pump(self): # whatever comes next
         left = self.start + self.limits['seconds'] - time.monotonic()
         if left <= 0:
             self._drain() # what it had said until then
             raise self.stop('timeout', f"timed out after {self.limits['seconds']:g} s", 'TimeoutError')
         waited = [self.channel, *self.files, *([self.socket] if self.socket else [])]
-        ready, _, _ = select.select(waited, [], [], left if seconds is None else min(left, seconds))
+        ready, _, _ = select.select(waited, [], [], left)
         for i, fd in enumerate(list(self.files)):
             if fd in ready: self._take(fd)
         if self.socket in ready:
@@ -495,12 +495,6 @@ class Player:
     def end(self): # wait; the exit code
         while self.code is None: self._pump()
         return self.code
-
-    def finish(self, seconds=.5): # after its last call: it flushes its streams and ends, unless it takes too long
-        if self.socket is None or self.code is not None: return
-        self.socket.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + seconds
-        while self.code is None and (left := end - time.monotonic()) > 0: self._pump(left)
 
     def report(self): # of the error that ended it: a dict as `described` has it, or None
         try: return described(json.loads(bytes(self.text[2])))
@@ -666,8 +660,6 @@ def _judge(channel, limits, tests): # `Ended` or None, player
     except Exception as e:
         why = f'an answer that is none ({type(e).__name__}: {str(e)[:200]})'
         return Ended('error', why, 'Exception'), player
-    finally:
-        if player and kind not in ('stdio', 'script') and not player.ended: _tried(player.finish)
 
 # %% ../nbs/06_jail.ipynb #9b4bb4db
 def _exactly(n): # bytes of standard input; None at its end

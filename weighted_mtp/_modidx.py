@@ -787,6 +787,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'weighted_mtp.sandbox.WorkerGone': ('sandbox.html#workergone', 'weighted_mtp/sandbox.py'),
                                       'weighted_mtp.sandbox._broken': ('sandbox.html#_broken', 'weighted_mtp/sandbox.py'),
                                       'weighted_mtp.sandbox._distributions': ('sandbox.html#_distributions', 'weighted_mtp/sandbox.py'),
+                                      'weighted_mtp.sandbox._distributions_of': ( 'sandbox.html#_distributions_of',
+                                                                                  'weighted_mtp/sandbox.py'),
                                       'weighted_mtp.sandbox._forget_workers': ('sandbox.html#_forget_workers', 'weighted_mtp/sandbox.py'),
                                       'weighted_mtp.sandbox._jail': ('sandbox.html#_jail', 'weighted_mtp/sandbox.py'),
                                       'weighted_mtp.sandbox._keep': ('sandbox.html#_keep', 'weighted_mtp/sandbox.py'),

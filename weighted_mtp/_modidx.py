@@ -361,6 +361,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'weighted_mtp.jail.import_packages': ('jail.html#import_packages', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.init_process': ('jail.html#init_process', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.job_process': ('jail.html#job_process', 'weighted_mtp/jail.py'),
+                                   'weighted_mtp.jail.kill_all_of': ('jail.html#kill_all_of', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.kill_descendants': ('jail.html#kill_descendants', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.limit': ('jail.html#limit', 'weighted_mtp/jail.py'),
                                    'weighted_mtp.jail.main': ('jail.html#main', 'weighted_mtp/jail.py'),

@@ -9,8 +9,8 @@ __all__ = ['MOUNTS', 'PROCESSES', 'NETWORK', 'IPC', 'HOSTNAME', 'USER', 'OF_WORK
            'enter_namespaces', 'clear_keyrings', 'reachable', 'drop', 'PackageFinder', 'NoPackage', 'import_packages',
            'Odd', 'pack', 'unpack', 'limit', 'play', 'describe_error', 'failing_line', 'init_process',
            'ends_with_parent', 'Ended', 'Player', 'clean', 'error_name', 'described', 'raised', 'outcome_of',
-           'same_output', 'test_runner', 'kill_descendants', 'remove', 'remove_traces', 'job_process', 'fork_server',
-           'run_job', 'NoWalls', 'worker', 'wait_for', 'main']
+           'same_output', 'test_runner', 'kill_descendants', 'kill_all_of', 'remove', 'remove_traces', 'job_process',
+           'fork_server', 'run_job', 'NoWalls', 'worker', 'wait_for', 'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
 import ast, atexit, builtins, ctypes, gc, io, json, linecache, os, re, resource, select, signal, socket, struct, sys
@@ -718,6 +718,12 @@ def kill_descendants():
         try: os.waitpid(-1, 0)
         except OSError: break
 
+def kill_all_of(uid): # at once, however fast they fork: the kernel lets nobody fork meanwhile
+    if (pid := os.fork()) == 0:
+        try: os.setgroups([]); os.setgid(uid); os.setuid(uid); os.kill(-1, signal.SIGKILL)
+        finally: os._exit(0)
+    os.waitpid(pid, 0)
+
 def remove(path, seconds=60): # a file, or a folder however deep it is nested: what lies in it is moved up first
     if not os.path.isdir(path) or os.path.islink(path): os.unlink(path); return
     folders, number, end = [path], 0, time.monotonic() + seconds
@@ -755,6 +761,7 @@ def job_process(job, channel, control): # holds one program's processes, and kil
     _tried(lambda: os.kill(pid, signal.SIGKILL)) # process 1: the kernel kills all others of its namespace with it
     os.waitpid(pid, 0)
     if walls: return
+    if job['uid'] is not None: kill_all_of(job['uid'])
     kill_descendants()
     _tried(lambda: remove(limits['folder'], 1)) # the supervisor removes what is left, when the worker has ended
     if job['uid'] is not None: _tried(lambda: remove_traces(job['uid']))

@@ -161,7 +161,7 @@ class Worker:
     def run(self, job, seconds): # -> the fields of a `Result`
         try:
             while self.busy: # with what the last program left
-                if self._line(time.monotonic() + 10).get('done') == self.busy: self.busy = None
+                if self._line(time.monotonic() + 30).get('done') == self.busy: self.busy = None
         except TimeoutError: raise WorkerGone('the last program could not be removed') from None
         deadline, self.busy = time.monotonic() + seconds, job['token']
         self._send(job, deadline)

@@ -285,7 +285,16 @@ def test_hostile_programs(walls, own_worker):
 
 def processes_of(worker): # supervisor, worker, fork server
     found = psutil.Process(worker.process.pid)
-    return [found, *found.children(), *found.children()[0].children()]
+    return [found, *found.children(), *found.children()[0].children()][:3]
+
+def kill(worker, which): # one of the three, and with it those that it started
+    gone = processes_of(worker)[which:]
+    gone[0].kill()
+    def alive(p):
+        try: return p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess: return False
+    end = time.time() + 5
+    while any(map(alive, gone)) and time.time() < end: time.sleep(.01)
 
 def test_a_worker_that_dies_is_replaced(own_worker):
     """Before a program comes, or while it runs: the program gets its result from the next one."""
@@ -293,13 +302,13 @@ def test_a_worker_that_dies_is_replaced(own_worker):
         for which in range(3):
             assert run_program('', walls=walls).passed
             worker = own_worker()[-1]
-            processes_of(worker)[which].kill()
+            kill(worker, which)
             assert run_program('print(1)', walls=walls).stdout == '1\n' and worker not in own_worker()
             worker = own_worker()[-1]
             with ThreadPoolExecutor(1) as pool:
                 result = pool.submit(run_program, 'import time\ntime.sleep(.3)\nprint(2)', walls=walls)
                 time.sleep(.15)
-                processes_of(worker)[which].kill()
+                kill(worker, which)
             r = result.result()
             assert r.stdout == '2\n' or which and r.error == 'Killed', (walls, which, r)
 

@@ -9,8 +9,8 @@ __all__ = ['MOUNTS', 'PROCESSES', 'NETWORK', 'IPC', 'HOSTNAME', 'USER', 'OF_WORK
            'enter_namespaces', 'clear_keyrings', 'reachable', 'drop', 'PackageFinder', 'NoPackage', 'import_packages',
            'Odd', 'pack', 'unpack', 'limit', 'play', 'describe_error', 'failing_line', 'init_process',
            'ends_with_parent', 'Ended', 'Player', 'clean', 'error_name', 'described', 'raised', 'outcome_of',
-           'same_output', 'test_runner', 'kill_descendants', 'remove', 'remove_traces', 'job_process', 'fork_server',
-           'run_job', 'NoWalls', 'worker', 'wait_for', 'main']
+           'same_output', 'test_runner', 'kill_descendants', 'kill_all_of', 'remove', 'remove_traces', 'job_process',
+           'fork_server', 'run_job', 'NoWalls', 'worker', 'wait_for', 'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
 import ast, atexit, builtins, ctypes, gc, io, json, linecache, os, re, resource, select, signal, socket, struct, sys
@@ -429,7 +429,7 @@ def _player_process(fds, job): # standard streams, report, and maybe a socket fo
     sys.stderr = open(2, 'w', buffering=1, encoding='utf-8', errors='backslashreplace', closefd=False) # flushes lines
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
-    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed() # else every program would draw the same numbers
+    if 'numpy.random' in sys.modules: sys.modules['numpy.random'].seed() # else every program draws the same numbers
     limit(limits)
     play(job['program'], job.get('setup') or '', calls)
 
@@ -459,13 +459,13 @@ class Player:
         self.ended = self.ended or Ended(*why)
         return self.ended
 
-    def _pump(self, seconds=None): # whatever comes next
+    def _pump(self): # whatever comes next
         left = self.start + self.limits['seconds'] - time.monotonic()
         if left <= 0:
             self._drain() # what it had said until then
             raise self.stop('timeout', f"timed out after {self.limits['seconds']:g} s", 'TimeoutError')
         waited = [self.channel, *self.files, *([self.socket] if self.socket else [])]
-        ready, _, _ = select.select(waited, [], [], left if seconds is None else min(left, seconds))
+        ready, _, _ = select.select(waited, [], [], left)
         for i, fd in enumerate(list(self.files)):
             if fd in ready: self._take(fd)
         if self.socket in ready:
@@ -495,12 +495,6 @@ class Player:
     def end(self): # wait; the exit code
         while self.code is None: self._pump()
         return self.code
-
-    def finish(self, seconds=.5): # after its last call: it flushes its streams and ends, unless it takes too long
-        if self.socket is None or self.code is not None: return
-        self.socket.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + seconds
-        while self.code is None and (left := end - time.monotonic()) > 0: self._pump(left)
 
     def report(self): # of the error that ended it: a dict as `described` has it, or None
         try: return described(json.loads(bytes(self.text[2])))
@@ -666,8 +660,6 @@ def _judge(channel, limits, tests): # `Ended` or None, player
     except Exception as e:
         why = f'an answer that is none ({type(e).__name__}: {str(e)[:200]})'
         return Ended('error', why, 'Exception'), player
-    finally:
-        if player and kind not in ('stdio', 'script') and not player.ended: _tried(player.finish)
 
 # %% ../nbs/06_jail.ipynb #9b4bb4db
 def _exactly(n): # bytes of standard input; None at its end
@@ -726,6 +718,12 @@ def kill_descendants():
         try: os.waitpid(-1, 0)
         except OSError: break
 
+def kill_all_of(uid): # at once, however fast they fork: the kernel lets nobody fork meanwhile
+    if (pid := os.fork()) == 0:
+        try: os.setgroups([]); os.setgid(uid); os.setuid(uid); os.kill(-1, signal.SIGKILL)
+        finally: os._exit(0)
+    os.waitpid(pid, 0)
+
 def remove(path, seconds=60): # a file, or a folder however deep it is nested: what lies in it is moved up first
     if not os.path.isdir(path) or os.path.islink(path): os.unlink(path); return
     folders, number, end = [path], 0, time.monotonic() + seconds
@@ -763,6 +761,7 @@ def job_process(job, channel, control): # holds one program's processes, and kil
     _tried(lambda: os.kill(pid, signal.SIGKILL)) # process 1: the kernel kills all others of its namespace with it
     os.waitpid(pid, 0)
     if walls: return
+    if job['uid'] is not None: kill_all_of(job['uid'])
     kill_descendants()
     _tried(lambda: remove(limits['folder'], 1)) # the supervisor removes what is left, when the worker has ended
     if job['uid'] is not None: _tried(lambda: remove_traces(job['uid']))

@@ -34,7 +34,11 @@ def _required(name, found): # distributions that one stands on, itself included,
         if r.marker is None or r.marker.evaluate(dict(extra='')): _required(r.name, found)
     return found
 
-def _distributions(): return importlib.metadata.packages_distributions() # import name -> distributions
+def _distributions(): # import name -> distributions; found again when something is installed
+    return _distributions_of(tuple((p, os.stat(p).st_mtime_ns) for p in sys.path if os.path.isdir(p)))
+
+@lru_cache(1)
+def _distributions_of(folders): return importlib.metadata.packages_distributions()
 
 def _spec(name): # None where it cannot be found
     try: return importlib.util.find_spec(name)
@@ -157,7 +161,7 @@ class Worker:
     def run(self, job, seconds): # -> the fields of a `Result`
         try:
             while self.busy: # with what the last program left
-                if self._line(time.monotonic() + 10).get('done') == self.busy: self.busy = None
+                if self._line(time.monotonic() + 30).get('done') == self.busy: self.busy = None
         except TimeoutError: raise WorkerGone('the last program could not be removed') from None
         deadline, self.busy = time.monotonic() + seconds, job['token']
         self._send(job, deadline)

@@ -147,8 +147,6 @@ FORMS = [ # what, tests, answer, whether it is right
      f'{fence(FILLED + "sums[1, 2] = 9" + chr(10))}No:\n{fence(FILLED)}', True),
     ('a draft with a builtin of its own', ASSERTS,
      f'{fence("def sum(xs): return 0" + chr(10) + BAD)}No:\n{fence(GOOD.replace("a + b", "sum([a, b])"))}', True),
-    ('a star import, prose, the function', ASSERTS,
-     'First:\n\nfrom operator import *\n\nthen this one:\n\ndef add(a, b):\n    return neg(sub(neg(a), b))\n', True),
     ('the answer, then its outline', ASSERTS,
      f'{fence(GOOD)}So it is\n{fence(GOOD.replace("a + b", "..."))}', True),
     # tags

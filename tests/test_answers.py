@@ -323,33 +323,6 @@ def test_time_and_depth():
         assert 'def add' in code and took < 3, (name, kinds, took)
     for name, text in DEEP.items(): assert find_code(text, ASSERTS)[0] is not None
 
-def test_evaluation_counts_findings(tmp_path, monkeypatch):
-    """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
-    from weighted_mtp import evaluation
-    from weighted_mtp.generation import Generation
-    answers = [GOOD, fence(GOOD), f'{GOOD}\nassert add(1, 1) == 3\n', fence(BAD)]
-    runs, tokenizer = [], types.SimpleNamespace(get_vocab=dict)
-    made = [Generation(text, [1], 'eos', 1) for text in answers]
-    monkeypatch.setattr(evaluation, 'judge_many', lambda jobs, **kw: runs.extend(jobs) or judge_many(jobs, **kw))
-    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
-    number = dict(kind='answer', answer='12')
-    problems = [dict(problem_id=i, instruction='Add.', tests=tests) for i, tests in (('a', ASSERTS), ('b', number))]
-    found = evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
-    rows = [json.loads(line) for line in open(found['file'])]
-    assert [r['status'] for r in rows] == ['passed', 'passed', 'passed', 'failed', *['failed']*4]
-    assert [r['as_written'] for r in rows] == ['passed', 'error', 'error', 'error', *['failed']*4]
-    assert [r['kinds'] for r in rows] == [[], ['fence'], ['examples'], ['fence'], *[[]]*4]
-    assert len(runs) == 5 # the text itself is run only where it is a program, and another one
-    assert found['found'] == {'as written': 5, 'fence': 2, 'examples': 1}
-    assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and evaluation._ks(found) == [1, 4]
-    assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in evaluation.in_words(found)
-    assert evaluation.metrics_of(found)['forms/pass_at_1_as_written'] == 1/8
-    for r in rows: del r['kinds'], r['as_written'] # a file of before
-    old = evaluation.summary(rows, (1, 4), 'forms')
-    assert old == {k: v for k, v in found.items() if k in old} and 'found' not in old
-    assert 'as written' not in evaluation.in_words(old)
-    assert 'forms/pass_at_1_as_written' not in evaluation.metrics_of(old)
-
 def evalplus_program(sanitize, answer, tests): # as its command does it
     if tests['kind'] == 'asserts': return sanitize(answer, 'add'), tests
     checks = [f'assert add({x}) == {y}' for x, y in (('1, 2', 3), ('2, 5', 7))]

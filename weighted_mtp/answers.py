@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import dedent, indent
 
-from .answer_text import Block, is_code, parses, places, read_lines, without_end_marks, without_reasoning
+from .answer_text import (UNREADABLE, Block, is_code, parses, places, read_lines, without_end_marks,
+                                      without_reasoning)
 
 # %% ../nbs/10_answers.ipynb #e14f90dd
 @dataclass
@@ -25,7 +26,8 @@ _AT_ONCE = ('listcomp', 'genexpr', 'setcomp', 'dictcomp') # scopes that are ente
 
 def _names(source):
     out = _Names()
-    todo = [(symtable.symtable(source, 'answer', 'exec'), True)] if parses(source) else []
+    try: todo = [(symtable.symtable(source, 'answer', 'exec'), True)]
+    except UNREADABLE: return out
     while todo:
         table, early = todo.pop()
         module = table.get_type() == 'module'
@@ -186,35 +188,39 @@ def _with_body(block, head): # blocks of the prompt's function with the block as
     for body in (margin + text.lstrip(), indent(dedent(text), margin)): # with the indentation that it lost
         yield Block((head + body).split('\n'), (*block.kinds, 'indentation'))
 
-def _longest_body(blocks, tests): # (the prompt's function, parts of the program that begins with it), or None
-    prompt, begins = tests['prompt'], _definition(tests['entry_point']).search(tests['prompt'])
-    head = prompt[begins.start():] if begins else ''
+def _body_in(blocks, tests, known=()): # (part, parts, the prompt's function), the longest that lacks no name; or None
+    begins = _definition(tests['entry_point']).search(tests['prompt'])
+    head = tests['prompt'][begins.start():] if begins else ''
     blocks = [b for b in blocks if begins and re.search(r'\b(return|yield)\b', b.text)]
     programs = [_parts([whole]) for b in blocks for whole in _with_body(b, head)]
-    end = lambda parts: parts[0].statements[0].end if parts[0].statements else 0 # 0: there was an error before
-    best = max(programs, key=end, default=None)
-    return (head, best) if best and end(best) > head.count('\n') else None
+    functions = [(parts[0].statements[0], parts) for parts in programs if parts[0].statements] # no error before it
+    lacks = lambda parts, s: known and s.needs - known.union(*(p.binds for p in parts))
+    found = [(s.end, parts) for s, parts in functions if s.end > head.count('\n') and not lacks(parts, s)]
+    parts = max(found, key=lambda x: x[0])[1] if found else None
+    return parts and (parts[0], parts, head)
 
 # %% ../nbs/10_answers.ipynb #afa10484
 _PRINTS, _READS = re.compile(r'\bprint\b|stdout|os\.write'), re.compile(r'\binput\b|stdin|open\(0|fileinput')
 _BLANKS = {0xfeff: None, 0x200b: None, 0xa0: ' '} # that Python takes for no blanks
 _LONGEST = 1 << 18 # characters that are looked through
 
-def _chosen(parts, asked): # the part that is the program, or None
-    if asked: return next((p for p in reversed(parts) if p.defines(asked)), None)
+def _longest_in(blocks): # (part, parts, ''); or None
+    parts = _parts(blocks)
     programs = [p for p in parts if not p.why and is_code(p.text)]
     whole = [p for p in programs if _PRINTS.search(p.text) and _READS.search(p.text)]
-    return whole[-1] if whole else max(programs, key=lambda p: len(p.text), default=None)
+    return (whole[-1] if whole else max(programs, key=lambda p: len(p.text)), parts, '') if programs else None
 
-def _in_place(blocks, tests, asked, known): # (code, kinds), or None
+def _last_in(blocks, asked, weak=False): # (part, parts, ''), where it is defined (`weak`: imported or announced); or None
     parts = _parts(blocks)
-    if found := _chosen(parts, asked): return _written(found, parts, asked, known)
-    if tests.get('kind') == 'humaneval' and (found := _longest_body(blocks, tests)):
-        head, parts = found
-        code, kinds = _written(parts[0], parts, asked, known)
-        return code.removeprefix(head), kinds
-    weak = [p for p in parts if p.binds & asked] # announces or imports it
-    return _written(weak[-1], parts, asked, known) if weak else None
+    return next(((p, parts, '') for p in reversed(parts) if p.defines(asked) or weak and p.binds & asked), None)
+
+def _searches(tests, asked, known): # (what is asked for, what finds it in blocks), one after the other in every place
+    if asked: yield asked, lambda blocks: _last_in(blocks, asked)
+    if tests.get('kind') == 'humaneval':
+        yield asked, lambda blocks: _body_in(blocks, tests, known)
+        yield asked, lambda blocks: _body_in(blocks, tests)
+    if asked: yield asked, lambda blocks: _last_in(blocks, asked, weak=True)
+    yield set(), _longest_in
 
 def _written(part, parts, asked, known): # (code, kinds) of a part and of what it takes from the others
     at, whys = parts.index(part), [p.why for p in parts if p.block is part.block]
@@ -250,10 +256,11 @@ def _find(text, tests): # (code, kinds)
     for kind, clean in _CLEANING.items():
         before, text = text, clean(text)
         if text != before: kinds.append(kind)
-    # Without what is asked for, another program is wrong, and its error says how
-    for tests, asked, missing in ((tests, asked, ()), ({}, set(), ('not defined',)))[:1 + bool(asked)]:
-        for blocks in places(text):
-            if found := _in_place(blocks, tests, asked, known): return found[0], (*kinds, *found[1], *missing)
+    for wanted, search in _searches(tests, asked, known):
+        if not (found := next(filter(None, map(search, places(text))), None)): continue
+        part, parts, head = found
+        code, more = _written(part, parts, wanted, known)
+        return code.removeprefix(head), (*kinds, *more, *(['not defined'] if asked and not wanted else []))
     return text, (*kinds, 'no code')
 
 def find_code(

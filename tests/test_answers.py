@@ -44,6 +44,7 @@ except ImportError:
 def add(a, b):
     return plus(a, b)
 '''
+FENCED = 'def add(a, b):\n    """Use:\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'
 COUNTING = 'calls = 0\ndef add(a, b):\n    global calls\n    calls += 1\n    return a + b\n'
 GUARDED = GOOD + 'if __name__ == "__main__":\n    print(add(*map(int, input().split())))\n'
 WITH_MAIN = 'import sys\n\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n\nmain()\n'
@@ -111,6 +112,9 @@ FORMS = [ # what, tests, answer, whether it is right
     ('the function is another one', ASSERTS, GOOD.replace('add', 'sum_of'), False),
     ('no code at all', ASSERTS, 'I cannot help with that.', False),
     ('nothing', ASSERTS, '', False),
+    ('a main function that reads input and the table', ASSERTS,
+     FILLED + '\ndef main():\n    print(sums[int(input()), 1])\n\nmain()\n', True),
+    ('a star import where there may be none', ASSERTS, GOOD.replace('return', 'from math import *; return'), False),
     # fences
     ('a fence', ASSERTS, f'Here:\n{fence(GOOD)}Done.', True),
     ('a wrong one', ASSERTS, f'Here:\n{fence(BAD)}Done.', False),
@@ -134,8 +138,7 @@ FORMS = [ # what, tests, answer, whether it is right
      f'A helper:\n{fence(HELPED.split("def add")[0])}and\n{fence("def add" + HELPED.split("def add")[1])}', True),
     ('commands and output beside it', ASSERTS,
      f'{fence("pip install add" + chr(10), "bash")}{fence(GOOD)}{fence("3" + chr(10), "text")}', True),
-    ('a fence in a docstring', ASSERTS,
-     fence('def add(a, b):\n    """Use:\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'), True),
+    ('a fence in a docstring', ASSERTS, fence(FENCED), True),
     ('a draft without a fence, then a draft corrected', ASSERTS, f'{BAD}\nWait, that subtracts.\n\n{GOOD}', True),
     ('a right draft without a fence, then a wrong one', ASSERTS, f'{GOOD}\nWait, better subtract.\n\n{BAD}', False),
     ('a right draft of two functions, one of them then wrong', ASSERTS_TWO,
@@ -213,6 +216,11 @@ FORMS = [ # what, tests, answer, whether it is right
     ('a body with a function in it', HUMANEVAL,
      '    def plus(x):\n        return a + x\n    return plus(b)\n\nThe inner function adds.', True),
     ('a body with an error, prose after', HUMANEVAL, '    return a + + * b\n\nThis adds.', False),
+    ('the whole function, indented below a word', HUMANEVAL, 'Solution\n\n' + textwrap.indent(GOOD, '    '), True),
+    ('the whole function, its colon missing', HUMANEVAL, GOOD.replace(':', ''), False),
+    ('another function', HUMANEVAL, GOOD.replace('add', 'plus'), False),
+    ('a loop without its colon', HUMANEVAL, 'for i in range(b)\n    return a + b\n', False),
+    ('a fence in a docstring, a word before', HUMANEVAL, f'Done\n{FENCED}It adds.', True),
     # programs that read and print
     ('a program', STDIO, READS, True),
     ('a program in prose', STDIO, f'Here it is:\n\n{READS}\nIt adds the two numbers.', True),

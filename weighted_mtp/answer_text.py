@@ -105,7 +105,8 @@ class _Reader:
     def __init__(self, lines):
         self.lines, self.budget = lines, 20*len(lines) + 50_000
         begins = lambda i, l: l.strip() and l[0] not in ' \t#' and not _CONTINUES.match(l) and lines[i-1][:1] != '@'
-        self.starts = sorted({0, len(lines), *(i for i, l in enumerate(lines) if begins(i, l))})
+        first = next(i for i, l in enumerate(lines) if l.strip())
+        self.starts = sorted({first, len(lines), *(i for i, l in enumerate(lines) if begins(i, l))})
 
     def parse(self, i, j):
         self.budget -= j - i
@@ -216,4 +217,4 @@ def places(
         yield _tags(part, kinds)
         yield [Block(part.split('\n'), kinds)]
         yield _indented(part, kinds)
-    yield [Block([code], ('quote',)) for code in _INLINE.findall(text)]
+    yield [Block([code], ('quote',)) for code in _INLINE.findall(text)] # in a sentence

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import dedent, indent
 
-from .answer_text import (UNREADABLE, Block, is_code, parses, places, read_lines, without_end_marks,
-                                      without_reasoning)
+from .answer_text import (UNREADABLE, Block, is_code, parse, parses, places, read_lines,
+                                      without_end_marks, without_reasoning)
 
 # %% ../nbs/10_answers.ipynb #e14f90dd
 @dataclass
@@ -100,7 +100,7 @@ class _Part:
 
     @cached_property
     def statements(self):
-        tree, out = ast.parse('\n'.join(self.lines)) if not self.why else None, []
+        tree, out = None if self.why else parse(self.text)[0], []
         for s in tree.body if tree else ():
             start = min([s.lineno, *(d.lineno for d in getattr(s, 'decorator_list', ()))])
             if out and start <= out[-1].end: out[-1].end, out[-1].nodes = s.end_lineno, [*out[-1].nodes, s]
@@ -163,6 +163,7 @@ def _lent(part, kept, others, asked, known): # statements of other parts, neares
     out, bound = [], set(part.binds)
     for other in others:
         missing = asked.union(*(s.names.reads for s in [*kept, *out])) - bound - known
+        if not missing: break
         out += _needed([s for s in other.statements if not s.names.binds & bound], missing, known)
         bound = bound.union(*(s.names.binds for s in out))
     return out
@@ -193,11 +194,11 @@ def _body_in(blocks, tests, known=()): # (part, parts, the prompt's function), t
     head = tests['prompt'][begins.start():] if begins else ''
     blocks = [b for b in blocks if begins and re.search(r'\b(return|yield)\b', b.text)]
     programs = [_parts([whole]) for b in blocks for whole in _with_body(b, head)]
-    functions = [(parts[0].statements[0], parts) for parts in programs if parts[0].statements] # no error before it
-    lacks = lambda parts, s: known and s.needs - known.union(*(p.binds for p in parts))
-    found = [(s.end, parts) for s, parts in functions if s.end > head.count('\n') and not lacks(parts, s)]
-    parts = max(found, key=lambda x: x[0])[1] if found else None
-    return parts and (parts[0], parts, head)
+    end = lambda parts: parts[0].statements[0].end if parts[0].statements else 0 # 0: there is an error in it
+    lacks = lambda parts: known and parts[0].statements[0].needs - known.union(*(p.binds for p in parts))
+    found = [parts for parts in programs if end(parts) > head.count('\n') and not lacks(parts)]
+    best = max(found, key=end, default=None)
+    return best and (best[0], best, head)
 
 # %% ../nbs/10_answers.ipynb #afa10484
 _PRINTS, _READS = re.compile(r'\bprint\b|stdout|os\.write'), re.compile(r'\binput\b|stdin|open\(0|fileinput')
@@ -210,7 +211,7 @@ def _longest_in(blocks): # (part, parts, ''); or None
     whole = [p for p in programs if _PRINTS.search(p.text) and _READS.search(p.text)]
     return (whole[-1] if whole else max(programs, key=lambda p: len(p.text)), parts, '') if programs else None
 
-def _last_in(blocks, asked, weak=False): # (part, parts, ''), where it is defined (`weak`: imported or announced); or None
+def _last_in(blocks, asked, weak=False): # (part, parts, '') with a definition, or (`weak`) an import of it; or None
     parts = _parts(blocks)
     return next(((p, parts, '') for p in reversed(parts) if p.defines(asked) or weak and p.binds & asked), None)
 

@@ -22,6 +22,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'weighted_mtp/answer_text.py'),
                                           'weighted_mtp.answer_text._is_unfinished': ( 'answer_text.html#_is_unfinished',
                                                                                        'weighted_mtp/answer_text.py'),
+                                          'weighted_mtp.answer_text._marks': ('answer_text.html#_marks', 'weighted_mtp/answer_text.py'),
                                           'weighted_mtp.answer_text._quoted': ('answer_text.html#_quoted', 'weighted_mtp/answer_text.py'),
                                           'weighted_mtp.answer_text._replace': ('answer_text.html#_replace', 'weighted_mtp/answer_text.py'),
                                           'weighted_mtp.answer_text._tags': ('answer_text.html#_tags', 'weighted_mtp/answer_text.py'),

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import dedent, indent
 
-from .answer_text import (UNREADABLE, Block, is_code, parse, parses, places, read_lines,
-                                      without_end_marks, without_reasoning)
+from .answer_text import (Block, is_code, parse, parses, places, read_lines, without_end_marks,
+                                      without_reasoning)
 
 # %% ../nbs/10_answers.ipynb #e14f90dd
 @dataclass
@@ -27,7 +27,7 @@ _AT_ONCE = ('listcomp', 'genexpr', 'setcomp', 'dictcomp') # scopes that are ente
 def _names(source):
     out = _Names()
     try: todo = [(symtable.symtable(source, 'answer', 'exec'), True)]
-    except UNREADABLE: return out
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return out # of what parses, too
     while todo:
         table, early = todo.pop()
         module = table.get_type() == 'module'

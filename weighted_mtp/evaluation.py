@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'pass_at_k', 'interval', 'load_benchmark', 'evaluate', 
            'load_judged', 'checkpoint_id', 'metrics_of', 'run_evaluation', 'wmtp_evaluate']
 
 # %% ../nbs/10_evaluation.ipynb #1d816a5b
-import ast, hashlib, json, math, os, re, sys, textwrap, time
+import hashlib, json, math, os, re, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .answers import answer_of, extract_code, find_code, parses, whole_program
+from .answer_text import parses
+from .answers import answer_of, extract_code, find_code, whole_program # also for those who import them here
 from .config import UserError, nearest, project_root, read_json, write_text
 from .data import format_prompt, read_solutions, stored_tokenizer, vocabulary_id
 from .errors import error_metrics, error_summary, errors_in_words
@@ -99,11 +100,11 @@ def load_benchmark(
 # %% ../nbs/10_evaluation.ipynb #31a628d8
 def _seed(seed, problem_id): return int(hashlib.sha256(f'{seed} {problem_id}'.encode()).hexdigest()[:8], 16)
 
-def _verdicts(problems, texts, packages=()): # one `Result` an answer
-    jobs, where, out = [], [], [None]*len(texts)
-    for i, (p, text) in enumerate(zip(problems, texts)):
-        if p['tests']['kind'] == 'answer': out[i] = _answer_verdict(text, p['tests'])
-        else: jobs.append((whole_program(extract_code(text, p['tests']), p['tests']), p['tests'])); where.append(i)
+def _verdicts(problems, codes, packages=()): # one `Result` for what `_code_in` found in each answer
+    jobs, where, out = [], [], [None]*len(codes)
+    for i, (p, code) in enumerate(zip(problems, codes)):
+        if p['tests']['kind'] == 'answer': out[i] = _answer_verdict(code, p['tests'])
+        else: jobs.append((whole_program(code, p['tests']), p['tests'])); where.append(i)
     for i, r in zip(where, judge_many(jobs, packages=packages)): out[i] = r
     return out
 
@@ -136,11 +137,12 @@ def _answered(model, tokenizer, p, samples, seed, packages, **how): # rows of on
     except NoRoom as e: return [_not_tried(p, i, str(e)) for i in range(samples)]
     took, names = time.monotonic() - start, dict(problem_id=p['problem_id'], **({'task_id': p['problem_id']} if p['tests']['kind'] == 'humaneval' else {}))
     texts = [g.text for g in made]
-    codes, verdicts = [_code_in(p, t) for t in texts], _verdicts([p]*samples, texts, packages)
-    written = _as_written(p, texts, [code for code, _ in codes], verdicts, packages)
-    return [dict(names, sample=i, completion=codes[i][0], text=g.text, status=v.status, message=v.message,
+    codes, kinds = zip(*[_code_in(p, t) for t in texts])
+    verdicts = _verdicts([p]*samples, codes, packages)
+    written = _as_written(p, texts, codes, verdicts, packages)
+    return [dict(names, sample=i, completion=codes[i], text=g.text, status=v.status, message=v.message,
                  error=v.error, test=v.test, reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=took/samples,
-                 kinds=list(codes[i][1]), as_written=written[i])
+                 kinds=list(kinds[i]), as_written=written[i])
             for i, (g, v) in enumerate(zip(made, verdicts))]
 
 # %% ../nbs/10_evaluation.ipynb #4d596adc

@@ -268,3 +268,25 @@ def test_compressed_downloads(tmp_path):
     (tmp_path/'mbpp-False/mbpp.jsonl').write_bytes(lines([mbpp[0], mbpp[1] | dict(code=7)], '\n\n'))
     said = refusal(lambda f: setup_data('mbpp', tmp_path, f), tmp_path/'mbpp-False')
     assert 'mbpp.jsonl, line 3: cannot be understood' in said
+
+def test_empty_paths_and_files_in_the_way(tmp_path, tokenizer, monkeypatch, capsys):
+    "What a shell makes of an unset variable, and a file where a folder is to be."
+    from weighted_mtp.evaluation import wmtp_evaluate
+    from weighted_mtp.storage import wmtp_setup
+    for path in ('', ' '):
+        with pytest.raises(UserError, match='the path is empty'): open_corpus(path, tokenizer)
+    (tmp_path/'file').write_text('x')
+    problem = dict(problem_id='p', instruction='', input='', tests=dict(kind='asserts', tests=['assert f()']))
+    for folder in (tmp_path/'file', tmp_path/'file'/'below'):
+        with pytest.raises(UserError, match='cannot be made'): evaluate(None, tokenizer, [problem], folder=folder)
+    for what, value in (('temperature', float('nan')), ('temperature', float('inf')), ('top_p', 0), ('limit', 0)):
+        with pytest.raises(UserError, match=f'{what} = .* is not possible: it has to be '):
+            evaluate(None, tokenizer, [problem], **{what: value})
+    monkeypatch.setattr('weighted_mtp.storage._to_volume', lambda storage: pytest.fail('uploads'))
+    monkeypatch.setattr('weighted_mtp.storage.hub_files', lambda *a: pytest.fail('fetches'))
+    for command, words, says in ((wmtp_setup, ['upload', ''], 'path is empty'),
+                                 (wmtp_setup, ['upload', ' '], 'path is empty'),
+                                 (wmtp_setup, ['data', 'mbpp', '--mutants', '-1'], 'at least 0'),
+                                 (wmtp_setup, ['data', 'gsm8k', '--mutants', '2'], 'MBPP only'),
+                                 (wmtp_evaluate, [''], 'checkpoint is empty')):
+        assert command(words) == 2 and says in capsys.readouterr().err

@@ -256,7 +256,8 @@ def test_references():
 FILES = [ # what is in it, and what is said of it
     (b'training:\n  seed: 1\n  seed: 2\n', "line 3: the key 'seed' is there twice"),
     (b'training:\n\tseed: 1\n', 'line 2, column 1'), (b'experiment:\n  name: \xe9\n', 'line 2: not UTF-8'),
-    ('training:\n seed: 1'.encode('utf-16'), 'not UTF-8'), (b'training: {seed: 1}\x00', 'special characters'),
+    ('training:\n seed: 1'.encode('utf-16'), 'not UTF-8'),
+    (b'training: {seed: 1}\x00', 'line 1: it holds the character'),
     (b'experiment: {name: !!python/object/apply:os.system [x]}', 'tag'), (b'training: {seed: !!int "3"}', 'tag'),
     (b'training: {seed: "3}', 'line 1'), (b'[', 'line 1'), (b'a: 1\n---\nb: 2', 'line 2'), (b'[' * 3000, 'too deeply'),
     (b'- a', 'a list'), (b'just text', 'one text'), (b'training: 3', 'must be a section'),
@@ -352,15 +353,16 @@ def test_round_trip(here):
     from weighted_mtp.form import LaunchForm
     from weighted_mtp.launch import make_plan
     for text in AWKWARD:
-        empty = {f for f in FIELDS if text == '' and schema()[f].default}
+        empty = {f for f in FIELDS if text == '' and (schema()[f].default or f == 'dataset.train')}
+        refused = empty | ({'checkpoint.save_dir'} if text.startswith('~') else set()) # not everybody's home folder
         asked = dict(pipeline='verifiable', ngpus=1,
-                     overrides=[f'{f}={quoted(text)}' for f in FIELDS if f not in empty])
+                     overrides=[f'{f}={quoted(text)}' for f in FIELDS if f not in refused])
         if text == text.strip() != '': asked['critic_checkpoint'] = text
         plan = make_plan(**asked)
         config = through_yaml_and_shell(plan)
         for f in (*FIELDS, *(['experiment.critic_checkpoint'] if 'critic_checkpoint' in asked else [])):
             right = None if text == '' and schema()[f].optional else text
-            if f not in empty: assert flatten(plan.resolved)[f] == right == get(config, f), (f, text)
+            if f not in refused: assert flatten(plan.resolved)[f] == right == get(config, f), (f, text)
         for request in (injected(asked), by_command(asked), LaunchForm(**asked).request):
             assert make_plan(**request) == plan, text
         for f in empty: assert 'is empty' in told(make_plan, 'critic', 1, overrides=[f'{f}='])
@@ -391,7 +393,7 @@ def test_a_workflow_names_the_stage(here):
     for stages, says in (([dict(pipeline='critic', ngpu=1)],
                           "Stage 1 of the workflow (critic): unknown field 'ngpu'. Did you mean 'ngpus'"),
                          (['critic'], 'Stage 1 of the workflow'), ([dict(ngpus=1)], 'pipeline is missing'),
-                         ('critic', 'Stage 1')):
+                         ('critic', 'list of requests')):
         assert says in told(workflow, stages)
 
 def test_a_workflow_leaves_a_given_checkpoint_alone():
@@ -481,7 +483,8 @@ def test_form(here):
 def test_config_files_of_requests(here):
     from weighted_mtp.launch import make_plan
     for name in ('-x.yaml', 'a b.yaml', "it's #1.yaml", '007', 'ü😀.yaml'):
-        (here/name).write_text('pipeline: critic\nexperiment: {name: 2026_11_26}\n', encoding='utf-8')
+        text = 'pipeline: critic\nexperiment: {name: 2026_11_26}\ndataset: {train: t.jsonl, validation: v.jsonl}\n'
+        (here/name).write_text(text, encoding='utf-8')
         plan = make_plan('critic', 1, config=name)
         assert through_yaml_and_shell(plan).experiment.name == '2026_11_26' and not plan.config.startswith('-')
     for name in ('none.yaml', 'configs', 'x'*5000, 'a\0b', '~nobody/x.yaml', '', ' ', 5, True):
@@ -602,7 +605,7 @@ def test_env_is_strict_where_it_is_needed(tmp_path):
     worse = worse.replace('AWS_ACCESS', 'AWS_ACESS')
     message = told(needed, worse)
     assert 'line 6: HF_TOKEN looks like a placeholder' in message and message.count('HF_TOKEN') == 1
-    assert "no value for AWS_ACCESS_KEY_ID Did you mean 'AWS_ACESS_KEY_ID'?, AWS_DEFAULT_REGION" in message
+    assert "no value for AWS_ACCESS_KEY_ID (it has AWS_ACESS_KEY_ID: rename it), AWS_DEFAULT_REGION" in message
     (tmp_path/'.env.example').write_text('HF_TOKEN=real-hf_token\nAWS_DEFAULT_REGION=real-aws_default_region\n')
     assert told(needed, full).count('placeholder') == 1 # the example's own text; but for the region, which is no secret
     (tmp_path/'.env').write_bytes(full.encode() + b'OTHER=\xff\n')
@@ -618,3 +621,142 @@ def test_plans_tell_of_the_env(here):
     assert not any(s in json.dumps([vessl.to_dict(), local.to_dict()]) for s in ('geheim', str(here)))
     (here/'.env').write_bytes(b'A=\xff')
     assert any('UTF-8' in b for b in make_plan('critic', 1, target='local').blockers)
+
+# ---- what a fresh user tried (issue 15, thirty bad inputs and more)
+
+def test_launch_reads_dry_run_as_the_record_does(here, monkeypatch):
+    "papermill -r gives text, and the text 'false' is true to Python."
+    from weighted_mtp.launch import launch
+    started = []
+    monkeypatch.setattr('weighted_mtp.targets.LocalTarget.submit',
+                        lambda self, plan, folder: started.append(folder.name))
+    for text, right in (('false', False), ('no', False), (False, False), ('True', True), ('yes', True), (True, True)):
+        run = launch('critic', 1, target='local', dry_run=text)
+        assert (run.record()['request']['dry_run'], run.name not in started) == (right, right), text
+
+def test_addresses_and_paths_of_a_config():
+    for override, says in (('mlflow.tracking_uri=htp://x', 'https://HOST'),
+                           ('mlflow.tracking_uri=http://', 'https://HOST'),
+                           ('mlflow.tracking_uri=sqlite://x.db', 'sqlite:///FILE'),
+                           ('mlflow.tracking_uri=http://me:geheim@[x', 'into .env'),
+                           ('model.backbone=https://me:geheim@host/x', 'model.backbone holds'),
+                           ('evaluation.benchmarks=[a, "s3://me:geheim@b/x.jsonl"]', 'evaluation.benchmarks holds'),
+                           ('dataset.train=s3://me:geheim@b/x.jsonl', 'dataset.train holds'),
+                           ('checkpoint.save_dir=~/x', 'save_dir'), ('checkpoint.save_dir=~', 'save_dir'),
+                           ('checkpoint.save_dir=~me/x', 'save_dir')):
+        message = told(apply_overrides, {}, [override])
+        assert says in message and 'geheim' not in message, message
+    for uri in ('http://h', 'https://h:5000/x', 'sqlite:///a.db', 'sqlite:////a/b.db', 'file:///a', 'mlruns',
+                'databricks', 'postgresql+psycopg2://h/db', 'http://[::1]:5000'):
+        assert apply_overrides({}, [f'mlflow.tracking_uri={uri}']).mlflow.tracking_uri == uri
+    for fine in ('model.backbone=org/name', 'dataset.train=a/~/b.jsonl', 'experiment.description=see http://x/@y'):
+        apply_overrides({}, [fine])
+
+def test_hints_say_what_is_right(tmp_path):
+    for override, says in (('data_sampling.difficulty_bins=[1, 7]', '(write [[1, 7]])'),
+                           ('data_sampling.curriculum=5', '(write [[5]])'), ('evaluation.ks=1,5', '(write [1,5])')):
+        assert says in told(apply_overrides, {}, [override])
+    for text, says in (('training: {seed: 1}\n---\ntraining: {}\n', 'line 2'),
+                       ('a: 1\nb: a\0b\n', "line 2: it holds the"),
+                       ('a: 1\n\nb: a\x07b\n', "line 3: it holds the character '\\x07'"),
+                       ('experiment: {name: "${experiment.name}"}\n', 'experiment.name: refers to itself'),
+                       ('experiment: {name: "${experiment.description}", description: "${experiment.name}"}\n',
+                        'refers to itself')):
+        message = told(from_file, tmp_path, text)
+        assert says in message and 'my.yaml' in message, message
+    assert 'a second document begins' in told(from_file, tmp_path, 'training: {seed: 1}\n---\ntraining: {}\n')
+
+def test_plans_name_what_a_config_lacks(here):
+    from weighted_mtp.launch import make_plan
+    mine = here/'configs'/'mine.yaml'
+    try:
+        for text in ('', '# nothing\n', 'training: {seed: 3}\n'):
+            mine.write_text(text)
+            message = told(make_plan, 'baseline', 1, config='configs/mine.yaml')
+            assert 'configs/mine.yaml names no pipeline: write the line `pipeline: baseline`' in message
+        mine.write_text('pipeline: critic\n')
+        assert 'is a config for pipeline critic, not ntp' in told(make_plan, 'ntp', 1, config='configs/mine.yaml')
+        mine.write_text('training: {seed: 3}\n')
+        assert 'for pipeline rho1' in told(make_plan, 'ntp', 1, config='configs/mine.yaml', overrides=['pipeline=rho1'])
+    finally: mine.unlink()
+    for target in ('local', 'vessl'):
+        for key in ('train', 'validation'):
+            for value in ('', '  ', '""'):
+                told_ = told(make_plan, 'baseline', 1, target=target, overrides=[f'dataset.{key}={value}'])
+                assert f'dataset.{key} is empty' in told_
+
+def test_a_plan_warns_before_a_finished_run_is_replaced(here):
+    from weighted_mtp.launch import make_plan
+    old = make_plan('ntp', 1, target='local')
+    folder = here/old.resolved['checkpoint']['save_dir']
+    folder.mkdir(parents=True)
+    def warnings(finished, changes, overrides=()):
+        config = flatten(old.resolved) | changes | {'effective batch': 16}
+        (folder/'run.json').write_text(json.dumps(dict(config=config, finished=finished)))
+        return ' '.join(make_plan('ntp', 1, target='local', overrides=overrides).warnings)
+    try:
+        assert 'replaced' not in warnings(True, {})
+        assert 'replaced' not in warnings(False, {'model.n_layers': 7}) # such a run begins anew, and says so
+        for changes, overrides in (({'model.n_layers': 7}, ()), ({}, ['training.seed=7'])):
+            assert 'finished run of other settings (' in warnings(True, changes, overrides)
+        assert 'replaced' not in warnings(True, {}, ['training.seed=7', 'experiment.name=other'])
+        (folder/'run.json').write_text('[1]')
+        make_plan('ntp', 1, target='local')
+    finally: shutil.rmtree(folder)
+
+def test_settings_never_show_a_line_nor_hold_a_secret(here):
+    good = (here/'settings.ini').read_text()
+    (here/'.env').write_text('HF_TOKEN=hf_geheim1234\nMLFLOW_TRACKING_PASSWORD=geheim5678\n')
+    def site(text):
+        (here/'s.ini').write_bytes(text.encode())
+        return load_site(here/'s.ini')
+    last = good.count('\n') + 1
+    for text, says in ((good + 'hf_geheim1234\n', f'line {last}: expected NAME = VALUE'),
+                       (good + 'HF_TOKEN hf_geheim9999\n', f'line {last}: expected NAME = VALUE'),
+                       ('hf_geheim9999\n' + good, 'line 1: expected [DEFAULT]'),
+                       (good.replace('[DEFAULT]', ''), 'expected [DEFAULT]'),
+                       (good + 'cluster = x\n', f'line {last}: cluster is there twice')):
+        message = told(site, text)
+        assert says in message and 'geheim' not in message and 's.ini' in message and 'Path(' not in message, message
+    for field, value in (('image', 'hf_geheim1234'), ('git_url', 'https://h/x/hf_geheim1234'),
+                         ('git_ref', 'geheim5678'),
+                         ('project', 'a hf_geheim1234')):
+        message = told(site, with_field(good, field, value))
+        assert f'{field} ' in message and 'geheim' not in message, message
+    for bom in ('\ufeff', '\ufeff\n', ): assert site(bom + good) == site(good) == site(bom + good.replace('\n', '\r\n'))
+    for field, value in (('workdir', '/'), ('workdir', '/root/x/'), ('workdir', '/root/../x'),
+                         ('volume_root', '/mnt/x'), ('volume_root', 'volume://'), ('volume_root', 'volume://me:geheim@x'), ('git_url', 'notaurl'),
+                         ('git_url', 'https://host'), ('git_ref', '--upload-pack=x'), ('image', '-x'),
+                         ('cluster', '-x')):
+        message = told(site, with_field(good, field, value))
+        assert f's.ini: {field} = ' in message and 'geheim' not in message, message
+    for field, value in (('git_url', 'git@host:me/x.git'), ('git_url', 'ssh://git@host/me/x'),
+                         ('git_url', 'file:///a/b'), ('volume_root', 'volume://a/b'), ('workdir', '/x'), ('workdir', '/root/.a/..b')):
+        assert getattr(site(with_field(good, field, value)), field) == value
+
+def test_no_advice_replaces_an_env_that_is_there(tmp_path):
+    full = ''.join(f'{k}=real-{k.lower()}\n' for k in SECRET_NAMES)
+    for text, says in (('', 'no value for MLFLOW'), (full.replace('HF_TOKEN', 'HFTOKEN'), '(it has HFTOKEN: rename it)'),
+                       (full.replace('HF_TOKEN', 'hf_token'), '(it has hf_token: rename it)'),
+                       (full.replace('HF_TOKEN', 'Aws_Region_'), 'no value for HF_TOKEN. Fill')):
+        (tmp_path/'.env').write_text(text)
+        message = told(load_env, tmp_path/'.env', required=True)
+        assert says in message and 'cp ' not in message and '?.' not in message, message
+    assert 'cp .env.example .env' in told(load_env, tmp_path/'none', required=True)
+    (tmp_path/'folder').mkdir()
+    assert 'is not a file' in told(load_env, tmp_path/'folder', required=True)
+
+def test_damaged_records_and_odd_workflows(here):
+    from weighted_mtp.launch import Run, launch, relaunch, workflow
+    from weighted_mtp.records import list_records, load_record
+    run = launch('critic', 1, target='local', dry_run=True, name='sound')
+    record = json.loads((run.folder/'record.json').read_text())
+    worse = [{k: v for k, v in record.items() if k != lost} for lost in ('target', 'request', 'plan', 'status')]
+    for held in (*worse, {}, record | dict(target='moon'), record | dict(request=[1]), record | dict(status=5)):
+        (run.folder/'record.json').write_text(json.dumps(held))
+        for act in (load_record, relaunch, lambda f: Run(f).status(), lambda f: Run(f).wait(), lambda f: Run(f).stop()):
+            assert 'record.json has no usable ' in told(act, run.folder), held
+        assert list_records().set_index('name').status['sound'] == 'unreadable'
+    for bad in ('', ' ', None, 5, ['a']): assert 'give its name' in told(Run, bad)
+    for bad in (None, 5, 'critic', dict(pipeline='critic', ngpus=1)): assert 'list of requests' in told(workflow, bad)
+    assert workflow([]) == []

@@ -12,15 +12,15 @@ __all__ = ['SECRET_NAMES', 'ENV_HINT', 'PIPELINES', 'UserError', 'nearest', 'wri
            'apply_overrides', 'load_config', 'to_yaml', 'plain', 'steps_per_epoch', 'total_steps', 'Site', 'load_site']
 
 # %% ../nbs/00_config.ipynb #6bdca220
-import copy, difflib, fcntl, io, json, math, numbers, os, re, time, tomllib, warnings
+import configparser, copy, difflib, fcntl, io, json, math, numbers, os, re, time, tomllib, warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args, get_type_hints
-from urllib.parse import urlsplit
 
 import yaml
 from dotenv.parser import parse_stream
@@ -191,6 +191,11 @@ def check_env(
         if line.value and not useless: env[line.name] = line.value
     return env, problems
 
+def _misspelt(name, env): # a name of `.env` that seems to mean a secret's
+    others = {k.upper(): k for k in env if k not in SECRET_NAMES}
+    hit = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+    return f" (it has {others[hit[0]]}: rename it)" if hit else ''
+
 def _env_file(path):
     file = Path(path)
     return file if file.is_absolute() else project_root()/file
@@ -202,6 +207,7 @@ def load_env(
     "Read `.env` without touching the process's own environment. Warns of lines that are no good where not required."
     file = _env_file(path)
     if not file.is_file():
+        if required and file.exists(): raise UserError(f"{file} is not a file: move it away. {ENV_HINT}")
         if required: raise UserError(f".env not found at {file}. {ENV_HINT}")
         return {}
     env, problems = check_env(file)
@@ -210,9 +216,9 @@ def load_env(
         return env
     needed = [problem for name, problem in problems if name is None or name in SECRET_NAMES]
     told = {name for name, _ in problems}
-    missing = [f"{k}{nearest(k, env.keys() - set(SECRET_NAMES))}" for k in SECRET_NAMES if k not in env and
-               k not in told]
-    if missing: needed.append(f"{file} has no value for {', '.join(missing)}. {ENV_HINT}")
+    missing = [k + _misspelt(k, env) for k in SECRET_NAMES if k not in env and k not in told]
+    if missing: # without `cp`, which would replace the keys that are there
+        needed.append(f"{file} has no value for {', '.join(missing)}. Fill in what is missing there.")
     if needed: raise UserError('\n'.join(needed))
     return env
 
@@ -558,9 +564,14 @@ def _read_text(value, lines=False):
     return str(value)
 
 def _read_list(kind, value, setting):
-    if isinstance(value, str): raise ValueError('' if value[:1] == '[' else f'write [{_shown(Plain(value))}]')
-    if not isinstance(value, (list, tuple)): raise ValueError
     item, = get_args(kind)
+    nested = bool(get_args(item))
+    if isinstance(value, str):
+        left, right = ('[[', ']]') if nested else '[]'
+        raise ValueError('' if value[:1] == '[' else f'write {left}{_shown(Plain(value))}{right}')
+    if not isinstance(value, (list, tuple)): raise ValueError
+    if nested and value and not any(isinstance(v, (list, tuple)) for v in value):
+        raise ValueError(f'write [{_shown(list(value))}]')
     if item is str and not all(isinstance(v, str) and v.strip() for v in value):
         raise ValueError('no name in it can be empty')
     return [_read(item, v, setting) for v in value]
@@ -625,8 +636,14 @@ _TAGS = tuple(f'tag:yaml.org,2002:{t}' for t in ('str', 'seq', 'map'))
 
 def _yaml_error(e): # of PyYAML, in one line
     mark, text = getattr(e, 'problem_mark', None), getattr(e, 'problem', None) or str(e).split('\n')[0]
+    if text == 'but found another document':
+        text = 'a second document begins (---): a config is one, so take the line out or make two files'
     advice = '; indent with spaces' if "'\\t'" in text else ''
     return f"line {mark.line + 1}, column {mark.column + 1}: {text}{advice}" if mark else text
+
+def _bad_character(e, text): # one that no YAML holds
+    line = text.count('\n', 0, e.position) + 1
+    return f"line {line}: it holds the character '{ascii(chr(e.character))[1:-1]}': take it out"
 
 def _at(node): return f'line {node.start_mark.line + 1}'
 
@@ -663,6 +680,7 @@ def parse_yaml(
     "Read YAML and decide nothing. Raises `ValueError` that says what is wrong in which line."
     lines = {}
     try: root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.reader.ReaderError as e: raise ValueError(_bad_character(e, text)) from None
     except yaml.YAMLError as e: raise ValueError(_yaml_error(e)) from None
     except RecursionError: raise ValueError('it is nested too deeply') from None
     try: return (None if root is None else _data(root, lines)), lines
@@ -676,6 +694,21 @@ def _problems(values): # every impossible value of a resolved config, in words
         except UserError as e: yield str(e)
 
 # %% ../nbs/00_config.ipynb #6414b2f7
+_LOGIN = re.compile(r'://[^/@\s]*:[^/@\s]*@') # user:password of an address
+_TRACKING = re.compile(r'https?://[^/\s].*|sqlite:///.+|(postgresql|mysql|mssql)(\+\w+)?://.+|file:.+'
+                       r'|(databricks|databricks-uc|uc)(:.*)?|[^:]+') # a server, a database, or a folder
+
+def _addresses(config): # that hold a login, or that nothing can be sent to
+    uri = config.mlflow.tracking_uri
+    if re.search('://[^/]*@', uri or ''):
+        yield ("mlflow.tracking_uri holds a user name or password: put them into .env (MLFLOW_TRACKING_USERNAME, "
+               "MLFLOW_TRACKING_PASSWORD).")
+    elif uri and not _TRACKING.fullmatch(uri):
+        yield f"mlflow.tracking_uri = {_shown(uri)}: must be http://HOST, https://HOST or sqlite:///FILE."
+    for key, value in flatten(plain(config)).items():
+        held = key not in ('mlflow.tracking_uri', 'checkpoint.upload_to') and _LOGIN.search(str(value))
+        if held: yield f"{key} holds a user name and password, and would be written down: take them out of the address."
+
 def _relations(config): # values that are possible alone but not together
     t, s, c = config.training, config.data_sampling, config.critic
     if t.weight_clip_min > t.weight_clip_max:
@@ -710,8 +743,9 @@ def _relations(config): # values that are possible alone but not together
         yield f"experiment.name = {_shown(name)}: must be a plain folder name of at most 120 bytes."
     if config.checkpoint.upload_to and not re.fullmatch(r's3://[^/@]+(/.*)?', config.checkpoint.upload_to):
         yield f"checkpoint.upload_to = {config.checkpoint.upload_to!r}: must be s3://BUCKET/PREFIX, without keys: those belong into .env."
-    if '@' in urlsplit(config.mlflow.tracking_uri or '').netloc:
-        yield "mlflow.tracking_uri holds a user name or password: put them into .env (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)."
+    if config.checkpoint.save_dir.startswith('~'): # some libraries would read it as the home folder, others not
+        yield f"checkpoint.save_dir = {_shown(config.checkpoint.save_dir)}: ~ is not read here: write the path out."
+    yield from _addresses(config)
 
 # %% ../nbs/00_config.ipynb #05549435
 def _user_error(lines, where): # one problem a line; what a user typed may hold a secret
@@ -731,6 +765,8 @@ def check_config(
 
 def _plain(e, where): # an OmegaConf error in our words
     key = str(getattr(e, 'full_key', None) or '')
+    if 'Recursive interpolation' in str(e):
+        return _user_error([f"{key}: refers to itself: give a key that it refers to a value of its own."], where)
     return _user_error([f"{key or 'value'}: {str(e).splitlines()[0]}"], where)
 
 # %% ../nbs/00_config.ipynb #29b0e870
@@ -912,15 +948,46 @@ class Site:
 
 # %% ../nbs/00_config.ipynb #9403a90a
 def _ini_values(path, file): # its [DEFAULT] section
-    read_utf8(file, path)
-    try: return IniFile(file.parent, file.name, interpolation=None).d
-    except Exception as e: raise UserError(f"{path} is not an ini file: {' '.join(str(e).split())}") from None
+    text = read_utf8(file, path) # without a byte-order mark, which configparser takes for a letter
+    try:
+        with TemporaryDirectory() as folder:
+            (Path(folder)/file.name).write_text(text, encoding='utf-8')
+            return IniFile(folder, file.name, interpolation=None).d
+    except configparser.Error as e: raise UserError(redact(f"{path} is not an ini file: {_ini_error(e)}.")) from None
+
+def _ini_error(e): # the line's number, never the line itself: it may hold a key
+    if isinstance(e, configparser.DuplicateOptionError):
+        return f"line {e.lineno}: {e.option} is there twice: remove one"
+    if isinstance(e, configparser.DuplicateSectionError):
+        return f"line {e.lineno}: the section {e.section} is there twice: make it one"
+    if isinstance(e, configparser.MissingSectionHeaderError):
+        return f"line {e.lineno}: expected [DEFAULT], and under it the fields"
+    lines = [str(number) for number, _ in getattr(e, 'errors', ())]
+    return f"line {', '.join(lines)}: expected NAME = VALUE, or a comment that begins with #"
 
 def _price(text):
     try: price = read_number(text)
     except ValueError: price = -1
     if price < 0: raise UserError(f"price_per_gpu_hour = {text}: must be a number of at least 0.")
     return price
+
+_GIT = re.compile(r'(https?|ssh|git|file)://.*[^/:]/.+|[\w.-]+@[\w.-]+:.+')
+
+def _place_problems(values): # paths and addresses of the cluster
+    workdir, volumes, git = values['workdir'], values['volume_root'], values['git_url']
+    if not re.fullmatch('(/[^/]+)+', workdir) or {'.', '..'} & set(workdir.split('/')):
+        yield (f"workdir = {_shown(workdir)}: must be the full path of a folder: one that begins with /, ends in "
+               "a name, and has no . or .. in it.")
+    if not re.fullmatch(r'[a-z][a-z0-9+.-]*://[^/@]+(/[^@]+)?', volumes):
+        yield f"volume_root = {redact(_shown(volumes))}: must be an address such as volume://STORAGE."
+    if not _GIT.fullmatch(git):
+        yield f"git_url = {redact(_shown(git))}: must be an address such as https://HOST/REPOSITORY."
+
+def _site_leaks(values): # the run YAML shows them, and records keep it
+    for secret_name, secret in known_secrets():
+        for name, value in values.items():
+            if secret in value and secret_name != 'MLFLOW_TRACKING_USERNAME': # it may well be part of an address
+                yield f"{name} holds the value of {secret_name}, and every run would show it: leave it out."
 
 def _site_problems(values): # of single fields, in words
     for name, value in values.items():
@@ -931,9 +998,11 @@ def _site_problems(values): # of single fields, in words
             yield f"{name} = {_shown(value)}: must be {what}{hint}."
         elif name in ('mlflow_uri', 'git_url') and re.match(r'https?://[^/]*@', value):
             yield f"{name} holds a user name or password, and every run would show it: passwords belong into .env."
+        elif value.startswith('-'):
+            yield f"{name} = {_shown(value)}: must not begin with -: commands take that for an option."
     if values['secrets'] not in ('reference', 'inline'):
         yield f"secrets = {values['secrets']}: allowed are reference, inline."
-    if not values['workdir'].startswith('/'): yield f"workdir = {values['workdir']}: must be a path that begins with /."
+    yield from _place_problems(values)
     if not re.fullmatch(r'https?://.+', values['mlflow_uri']):
         yield f"mlflow_uri = {redact(_shown(Plain(values['mlflow_uri'])))}: must be an address such as http://HOST."
     for name in re.split(r'\s*,\s*', values['exports']):
@@ -956,5 +1025,6 @@ def load_site(
     given.setdefault('secrets', 'reference')
     try: price = _price(given.pop('price_per_gpu_hour')) if 'price_per_gpu_hour' in given else None
     except UserError as e: raise UserError(f'{path}: {e}') from None
-    if told := [f'{path}: {problem}' for problem in _site_problems(given)]: raise UserError('\n'.join(told))
+    told = [f'{path}: {problem}' for problem in (*_site_problems(given), *_site_leaks(given))]
+    if told: raise UserError(redact('\n'.join(told)))
     return Site(**given, price_per_gpu_hour=price)

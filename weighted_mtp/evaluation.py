@@ -193,13 +193,20 @@ def evaluate(
     name, samples, state = _label(name), max(ks, default=1) if samples is None else samples, PartialState()
     if min(ks, default=0) < 1: raise UserError(f"k of pass@k has to be at least 1, not {', '.join(map(str, ks)) or 'missing'}.")
     if max(ks) > samples: raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples a problem, not {samples}.")
-    for what, x, fine in (('max_new_tokens', max_new_tokens, max_new_tokens >= 1), ('temperature', temperature, temperature is None or temperature >= 0), ('top_p', top_p, 0 < top_p <= 1), ('limit', limit, limit is None or limit >= 1)):
-        if not fine: raise UserError(f"{what} = {x} is not possible.")
+    for what, x, fine, allowed in (
+            ('max_new_tokens', max_new_tokens, max_new_tokens >= 1, 'at least 1'),
+            ('temperature', temperature, temperature is None or 0 <= temperature < math.inf, 'a number of at least 0'),
+            ('top_p', top_p, 0 < top_p <= 1, 'above 0 and at most 1'),
+            ('limit', limit, limit is None or limit >= 1, 'at least 1')):
+        if not fine: raise UserError(f"{what} = {x} is not possible: it has to be {allowed}.")
     how = dict(temperature=(0. if samples == 1 else .8) if temperature is None else temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=list(stop), self_speculative=self_speculative)
     settings = dict(benchmark=name, problems=hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12], of=of, tokenizer=vocabulary_id(tokenizer), samples=samples, seed=seed, **how)
     packages = check_packages(packages)
     if packages: settings['packages'] = sorted(packages) # no key without any: rows of before the setting are kept
-    if folder: Path(folder).mkdir(parents=True, exist_ok=True)
+    try: folder and Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        told = f"{folder} cannot be made ({e.strerror}): give another folder for the samples (--folder)."
+        raise UserError(told) from None
     kept = _Kept(Path(folder)/f'{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}.jsonl' if folder else None, samples, state.process_index)
     state.wait_for_everyone() # all have read
     total, problems = len(problems), problems[:limit]
@@ -406,6 +413,7 @@ def _evaluate(a):
     try: ks = sorted({int(k) for k in a.k.split(',')})
     except ValueError: raise UserError(f"--k {a.k}: whole numbers by commas, such as 1,5,10.") from None
     if not names: raise UserError(f"--benchmark {a.benchmark!r} names none: give some of {', '.join(BENCHMARKS)}, by commas.")
+    if not a.checkpoint.strip(): raise UserError("The checkpoint is empty: give its path, a folder, or `references`.")
     packages = check_packages([n.strip() for n in a.packages.split(',') if n.strip()])
     print('sandbox: ' + '; '.join(f"{k}: {v or 'NOT PROTECTED'}" for k, v in protections().items()), flush=True)
     if a.checkpoint == 'references':

@@ -18,7 +18,9 @@ def check_file(
     hint:str='', # What to look at when there is no such file
 )->Path:
     "The path of a regular file. Raises `UserError` that says what is there instead."
-    path, hint = Path(path), hint and f' {hint}'
+    hint = hint and f' {hint}'
+    if not str(path).strip(): raise UserError(f"No data file is named: the path is empty.{hint}")
+    path = Path(path)
     try:
         if path.is_file(): return path
         if path.is_dir(): raise UserError(f"{path} is a folder, not a file.{_files_in(path)}{hint}")

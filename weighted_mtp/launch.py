@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from .config import UserError, load_site, nearest, project_root, quoted, read_json, to_yaml
 from .plan import CRITIC, DEFAULTS, Plan, check_request, estimate_rows, make_plan, split_overrides
-from .records import (FINAL, best_checkpoint, in_papermill, keep_notebook, load_record, new_record, read_record, read_records, record_folder,
+from .records import (FINAL, best_checkpoint, check_record, in_papermill, keep_notebook, load_record,
+                                 new_record, read_record, read_records, record_folder,
                                   request_notebook, short_path)
 from .targets import TARGETS, VesslTarget, log_tail, run_yaml_text
 from .vessl_client import VesslError
@@ -123,7 +124,7 @@ class Run:
     @property
     def name(self)->str: return self.folder.name
     @property
-    def target(self): return TARGETS[read_json(self.folder/'record.json')['target']]()
+    def target(self): return TARGETS[check_record(read_json(self.folder/'record.json'), self.folder)['target']]()
     def record(self)->dict: return load_record(self.folder)
     def status(self)->str:
         "planned, running, completed, failed or stopped; on VESSL also submitting, unknown, and VESSL's own words."
@@ -205,6 +206,7 @@ def launch(
     "Plan, record, show and start a run. Raises `UserError` before anything is started if it cannot work."
     run, plan = new_run(pipeline=pipeline, ngpus=ngpus, batch_size=batch_size, grad_accum=grad_accum, critic_checkpoint=critic_checkpoint,
                  effective_batch=effective_batch, overrides=overrides, target=target, dry_run=dry_run, config=config, name=name)
+    dry_run = run.record()['request']['dry_run'] # as it was read: the text 'false' is true to Python
     keep_notebook(run.folder)
     print(plan, *(f'{label:16} {text}' for label, text in estimate_rows(plan)), f"{'record':16} {short_path(run.folder)}{' (dry run: nothing is started)' if dry_run else ''}", sep='\n', flush=True)
     if not dry_run: run.target.submit(plan, run.folder)
@@ -269,6 +271,9 @@ def workflow(
     progress:bool=True, # Show how far each is
 )->list: # The runs
     "Run requests one after the other, handing checkpoints on. Raises `UserError` for a request that cannot work, before any is started, and for a stage that fails."
+    if isinstance(stages, (str, dict)) or not hasattr(stages, '__iter__'):
+        raise UserError(f"stages = {str(stages)[:60]!r}: must be a list of requests, "
+                        "such as [dict(pipeline='critic', ngpus=4)].")
     requests, runs, made = [], [], {}
     for i, stage in enumerate(stages, 1):
         try:

@@ -20,7 +20,7 @@ from .config import (PIPELINES, SECRET_NAMES, UserError, apply_overrides, check_
                                  load_config, load_env,
                                  load_site, nearest, parse_yaml, project_root, quoted, read_json, read_override,
                                  read_truth, read_whole, redact,
-                                 schema, unprintable, vessl_tokens)
+                                 schema, read_utf8, unprintable, vessl_tokens)
 from .estimate import Estimate, estimate, measured_step
 from .records import git_state, on_remote, read_records, short_path
 from .targets import INLINE
@@ -208,8 +208,21 @@ def _code_warnings(site): # the cluster clones: it does not see what lies here
     if state['dirty']: yield f"The working tree has changes that are not committed: the cluster runs git ref {site.git_ref} without them."
     if state['commit'] and not pushed: yield f"Commit {state['commit'][:8]} is on no remote branch: push it, or the cluster runs older code."
 
+def _replaced(config): # a finished run of other settings in the same folder
+    folder = project_root()/config.checkpoint.save_dir
+    try: old = read_json(folder/'run.json')
+    except UserError: return
+    then, now = old.get('config'), flatten(OmegaConf.to_container(config, resolve=True))
+    if not old.get('finished') or not isinstance(then, dict): return
+    other = [k for k in now if k in then and then[k] != now[k]]
+    if other:
+        yield (f"{config.checkpoint.save_dir} holds a finished run of other settings ({', '.join(other[:3])}"
+               f"{' …' if other[3:] else ''}): its checkpoints are replaced. To keep them, give this run another "
+               "experiment.name.")
+
 def _warnings(r, config, site):
     if r['target'] == 'local': # which needs no secrets
+        if r['pipeline'] != 'evaluation': yield from _replaced(config)
         try: yield from _env_problems()
         except UserError: pass # a blocker
         return
@@ -364,10 +377,21 @@ def make_plan(
     words = _overrides(r, base, problems)
     final = _resolve(base, words, problems)
     problems = [*_leaks(r, final), *problems]
-    if final is not None and final.pipeline != r['pipeline']:
-        problems.append(f"{file} is a config for pipeline {final.pipeline}, not {r['pipeline']}.")
+    if final is not None: problems += [*_other_pipeline(r, file, words, final), *_no_data(final)]
     if problems: raise UserError('\n'.join(redact(p) for p in dict.fromkeys(problems)))
     return _assemble(r, site, file, words, final)
+
+def _other_pipeline(r, file, overrides, config): # the config is for another pipeline than the request
+    if config.pipeline == r['pipeline']: return
+    written = parse_yaml(read_utf8(project_root()/file, file))[0] or {}
+    if 'pipeline' in written or any(o.partition('=')[0].strip() == 'pipeline' for o in overrides):
+        yield f"{file} is a config for pipeline {config.pipeline}, not {r['pipeline']}."
+    else: yield f"{file} names no pipeline: write the line `pipeline: {r['pipeline']}` into it."
+
+def _no_data(config): # what training cannot do without
+    if config.pipeline == 'evaluation': return
+    for key in ('train', 'validation'):
+        if not config.dataset[key].strip(): yield f"dataset.{key} is empty: give the path of a JSONL file of solutions."
 
 def _assemble(r, site, file, overrides, config): # nothing can go wrong any more
     command, t = _command(r, file, overrides), config.training

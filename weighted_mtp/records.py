@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'FINAL', 'VANISHED', 'COLUMNS', 'now', 'update_record', 'versions', 'git_state', 'on_remote',
            'request_notebook', 'in_papermill', 'papermill_output', 'short_path', 'keep_notebook', 'new_record', 'alive',
-           'record_folder', 'read_record', 'load_record', 'read_records', 'best_checkpoint', 'list_records',
-           'compare_records']
+           'record_folder', 'read_record', 'check_record', 'load_record', 'read_records', 'best_checkpoint',
+           'list_records', 'compare_records']
 
 # %% ../nbs/11_records.ipynb #4ada2d5c
 import atexit, json, os, platform, shutil, subprocess, time
@@ -174,6 +174,8 @@ def record_folder(
     folder, # A path, or a record's name
 )->Path:
     "Find a record from the working directory, the project's root, or `runs/`."
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder).strip():
+        raise UserError(f"Record {folder!r}: give its name, a folder under runs/. list_records() shows what there is.")
     folder = Path(folder).expanduser()
     for candidate in (folder, project_root()/folder, project_root()/'runs'/folder):
         if candidate.is_dir(): return candidate.resolve()
@@ -193,13 +195,25 @@ def read_record(
         if record.get('status') == 'running': record.update(status='failed', note=VANISHED)
     return record
 
+def check_record(
+    record:dict, # What `record.json` holds
+    folder, # Where it lies
+)->dict: # The same
+    "Raise `UserError` for a record that lacks what every launch writes, or holds something else."
+    kinds = dict(target=str, status=str, request=dict, plan=dict)
+    bad = [k for k, kind in kinds.items() if not isinstance(record.get(k), kind)]
+    if not bad and record['target'] not in ('vessl', 'local'): bad = ['target']
+    if not bad: return record
+    raise UserError(f"{Path(folder)/'record.json'} has no usable {', '.join(bad)}: it is no record of a launch, or it "
+                    "is damaged. Launch the run again, or put the file back from a copy.")
+
 def load_record(
     folder, # A path, or a record's name
 )->dict: # `record.json`, and under `result` what the run itself wrote
     "Read one record. Raises `UserError` naming the file that is missing or broken."
     folder = record_folder(folder)
     result = folder/'result.json'
-    return {**read_record(folder), **({'result': read_json(result)} if result.is_file() else {})}
+    return {**check_record(read_record(folder), folder), **({'result': read_json(result)} if result.is_file() else {})}
 
 # %% ../nbs/11_records.ipynb #f7a3f0b3
 def read_records():

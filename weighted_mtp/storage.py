@@ -302,11 +302,12 @@ def setup_data(
     "Get a data set. Raises `UserError` naming what is wrong and where."
     if name not in SOURCES: raise UserError(f"Unknown data set '{name}'.{nearest(name, SOURCES)} There are {', '.join(SOURCES)}.")
     if bad := [l for l in languages if l not in LANGUAGES]: raise UserError(f"Unknown language '{bad[0]}'.{nearest(bad[0], LANGUAGES)} CodeContests has {', '.join(LANGUAGES)}.")
+    if mutants < 0: raise UserError(f"--mutants {mutants}: must be a whole number of at least 0.")
+    if mutants and name != 'mbpp': raise UserError('Mutants are made of MBPP only: its tests say which are wrong.')
     if folder: files, origin = [f for f in local_files(SOURCES[name], _apart(folder, Path(root)/name)) if not _within(f[1], Path(root)/name)], dict(folder=str(Path(folder).resolve()))
     else:
         files, revision = hub_files(SOURCES[name].repo, SOURCES[name].files, Path(root).parent/'downloads'/name)
         origin = dict(revision=revision)
-    if mutants and name != 'mbpp': raise UserError('Mutants are made of MBPP only: its tests say which are wrong.')
     facts = convert(name, files, Path(root)/name, languages, origin)
     if mutants: facts = add_mutants(Path(root)/name, mutants)
     print(f'{Path(root)/name}:', *statistics(facts), sep='\n  ', flush=True)
@@ -479,6 +480,7 @@ def upload(
     to:str='', # s3://BUCKET/PREFIX, or volume://STORAGE, where `path` begins with the volume's name (default: `volume_root` of settings.ini)
 )->int: # How many files were sent
     "Copy a folder to where the cluster finds it. Raises `UserError` in words."
+    if not str(path).strip(): raise UserError("The path is empty: give what to upload, such as datasets/mbpp.")
     root, folder = (Path(os.path.abspath(x)) for x in (root, Path(root)/path)) # links are not followed: storage may have some
     if not folder.is_relative_to(root): raise UserError(f"{path} does not lie in {root}: give what to upload as a path in it, such as datasets/mbpp.")
     files = [f for f in sorted(folder.rglob('*')) if f.is_file() and f.suffix != '.part'] if folder.is_dir() else [folder] if folder.is_file() else []

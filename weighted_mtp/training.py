@@ -527,6 +527,7 @@ def load_parts(
     m, d, tokenizer, where = config.model, config.dataset, None, config.model.tokenizer
     if d.embedded:
         from weighted_mtp.synthetic import make_dataset
+        if not d.train.strip(): raise UserError("dataset.train is empty: the data set is made in that file's folder.")
         n, folder = d.n_problems, Path(d.train).parent
         print(f"{folder}: {make_dataset(folder, **(dict(n_problems=n, n_held_out=min(400, n//2)) if n else {}))['counts']}", flush=True)
         where = where or folder/'tokenizer'

@@ -330,12 +330,70 @@ def test_dropout_of_an_adapter_on_the_head(ids):
 BAD_LORA = ((dict(modules_to_save=['lm_head']), 'model.lora.modules_to_save is not supported'),
             (dict(target_modules=['q_projj']), 'q_projj'), (dict(target_modules=['norm']), 'norm'),
             (dict(target_modules='(('), r'target_modules = \(\('), (dict(target_modules=[]), 'target_modules'),
-            (dict(target_modules='q_proj'), 'a text is a regular expression for a layer.s full name'))
+            (dict(target_modules='q_proj'), 'a text is a regular expression for a layer.s full name'),
+            (dict(target_modules=['q_proj', 'v_prj']), "no layer is called v_prj.*'v_proj'"),
+            (dict(target_modules=[3]), 'target_modules = .*list of texts'),
+            (dict(target_modules=None), 'target_modules'),
+            (dict(r=0), 'lora.r = 0'), (dict(r=2.5), 'lora.r = 2.5'), (dict(alpha=float('nan')), 'lora.alpha = nan'),
+            (dict(alpha=0), 'lora.alpha = 0'), (dict(dropout=2.), 'lora.dropout = 2.0'))
 
 @pytest.mark.parametrize('lora,words', BAD_LORA, ids=str)
 def test_adapters_that_cannot_be(lora, words):
     for make in (build_policy, build_value_model):
         with pytest.raises(UserError, match=words): make(llama(), tuning='lora', lora=LORA | lora)
+
+def vision_language():
+    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                           num_attention_heads=2, image_size=28, patch_size=14)
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SMALL), vision_config=vision)
+    return transformers.LlavaForConditionalGeneration(config)
+
+def quantized(): return transformers.LlamaConfig(**SMALL, quantization_config=dict(quant_method='fp8'))
+
+def with_quantized_config():
+    model = llama()
+    model.config.quantization_config = dict(quant_method='gptq', bits=4)
+    return model
+
+BAD_BACKBONES = ((vision_language, 'AutoModelForCausalLM makes no model from a LlavaConfig'),
+                 (quantized, 'quantized .*fp8'), (with_quantized_config, 'quantized .*gptq'),
+                 (lambda: build_value_model(llama()), 'ValueModel cannot be used'),
+                 (lambda: llama(num_hidden_layers=0), 'no layers'),
+                 *((lambda x=x: x, 'A backbone is a causal language model')
+                   for x in ('some/name', {}, torch.nn.Linear(2, 2))))
+
+@pytest.mark.parametrize('make,words', BAD_BACKBONES)
+def test_backbones_that_cannot_be(make, words):
+    "Refused before anything is trained: what could not be saved and loaded again would be lost."
+    for build in (build_policy, MTPForCausalLM.from_backbone) + (build_value_model,)*(words != 'no layers'):
+        with pytest.raises(UserError, match=words): build(make())
+
+def test_settings_that_cannot_be(tmp_path):
+    for n in (0, -1, 2., '3', None, True):
+        for build in (build_policy, MTPForCausalLM.from_backbone):
+            with pytest.raises(UserError, match='n_future_tokens'): build(llama(), n)
+        with pytest.raises(UserError, match='n_future_tokens'): build_policy(build_policy(llama(), 2), n)
+    for build in (build_policy, build_value_model):
+        with pytest.raises(UserError, match="model.tuning = 'heads'"): build(llama(), tuning='heads')
+        with pytest.raises(UserError, match='needs model.lora'): build(llama(), tuning='lora')
+        with pytest.raises(UserError, match='lora.r is missing'): build(llama(), tuning='lora', lora=dict(alpha=1))
+    with pytest.raises(UserError, match="critic.head = 'mpl'"): build_value_model(llama(), head='mpl')
+    with pytest.raises(UserError, match='head_dropout = 2.0'): build_value_model(llama(), head_dropout=2.)
+    save_checkpoint(tmp_path/'whole.pt', build_policy(llama(), 2))
+    whole = torch.load(tmp_path/'whole.pt', weights_only=True)
+    for key in ('state', 'model_type', 'model_config'):
+        torch.save({k: v for k, v in whole.items() if k != key}, tmp_path/'part.pt')
+        with pytest.raises(UserError, match='part.pt was not written by this package'): load_policy(tmp_path/'part.pt')
+
+def test_buffers_of_heads_are_made_anew(ids, tmp_path):
+    "Moshi's blocks have rotary frequencies of their own, which no file holds."
+    policy = MTPForCausalLM.from_backbone(backbone_of('Moshi', sliding_window=64), 3).eval()
+    policy.save_pretrained(tmp_path)
+    again = MTPForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad(): near(again(ids, return_all_heads=True).logits, policy(ids, return_all_heads=True).logits)
+    buffers = dict(again.named_buffers())
+    assert any('extra_heads' in n for n in buffers)
+    for n, b in policy.named_buffers(): assert torch.equal(b, buffers[n]), n
 
 @pytest.mark.parametrize('case', ('scaled_heads.py', 'lora_on_head.py'))
 def test_shared_case(case):

@@ -486,6 +486,17 @@ WORDS = [
     ('print(1)', STDIO,
         dict(status='failed', error='WrongOutput', test=2, message='test 2: other output than expected')),
     ('print(', STDIO, dict(status='error', error='SyntaxError', test=0)),
+    # what the interpreter's start-up adds, and a byte order mark
+    ('print(1)\nexit()', STDIO, dict(status='failed', error='WrongOutput', test=2)),
+    ('print(1)\nexit()', None, dict(status='passed', stdout='1\n')), ('quit(0)', None, dict(status='passed')),
+    ('exit(3)', None, dict(status='error', error='SystemExit', message='exit code 3')),
+    ('quit("why")', None, dict(error='SystemExit', message='why')),
+    ('def f(x): exit(x - 1)', ASSERTS, dict(status='error', error='SystemExit', test=1)),
+    ('\ufeffprint(1)', None, dict(status='passed', stdout='1\n')),
+    # a program that has replaced what it takes to describe its end
+    ('import builtins\nbuiltins.len = builtins.isinstance = builtins.open = None\n1/0', None,
+        dict(message='ZeroDivisionError: division by zero', stderr_has='line 3, in <module>')),
+    ('import builtins, sys\nbuiltins.isinstance = None\nsys.exit("why")', None, dict(message='why')),
     # a test that expects an error takes no other end for it
     ('def f(x):\n    while True: pass', dict(kind='asserts', tests=['try: f(1)\nexcept Exception: pass']),
         dict(error='TimeoutError')),
@@ -553,6 +564,32 @@ def test_packages_that_are_not_there():
         with pytest.raises(UserError, match=why): judge_many([('', ADD)], packages=packages)
         with pytest.raises(UserError, match=why): run_program('', packages=packages)
     assert sandbox.check_packages(()) == () and sandbox.check_packages(['json']) == ('json',)
+
+BAD_ARGUMENTS = [
+    (lambda: run_program(None), 'A program has to be text, not NoneType'),
+    (lambda: run_program('', stdin=None), "tests of kind script: stdin = 'None' has to be text"),
+    *((lambda t=t: run_program('', timeout=t), f'timeout = {t!r}') for t in (0, -1, float('inf'), float('nan'), '3')),
+    *((lambda m=m: run_program('', memory_mb=m), f'memory_mb = {m!r}') for m in (0, -5, 1.5, None)),
+    (lambda: run_program('', packages=None), 'packages = None'), (lambda: judge('', None), 'no known kind'),
+    (lambda: judge('', {}), 'no known kind'), (lambda: judge('', dict(kind='assert')), 'no known kind'),
+    (lambda: judge('', dict(kind='asserts')), 'asserts: tests = '),
+    (lambda: judge('', dict(kind='asserts', tests=[])), 'one or more statements'),
+    (lambda: judge('', dict(kind='asserts', tests='assert 1')), 'one or more statements'),
+    (lambda: judge('', dict(ADD, setup=5)), 'setup = '),
+    (lambda: judge('', dict(kind='stdio', tests=[['1']])), 'pairs of input and output'),
+    (lambda: judge('', dict(kind='humaneval', test='')), 'entry_point'),
+    (lambda: judge_many([], workers=-1), 'workers = -1')]
+
+def test_arguments_that_cannot_be():
+    "None of them reaches a worker, and none passes."
+    for i, (call, words) in enumerate(BAD_ARGUMENTS):
+        with pytest.raises(UserError) as e: call()
+        assert words in str(e.value), (i, str(e.value))
+
+def test_a_long_input_takes_time_in_proportion():
+    "It came in pieces of 64 KB, and each was added to a copy of all before it: 50 MB took longer than the limit."
+    r = run_program('import sys\nprint(len(sys.stdin.read()))', stdin='x'*30_000_000, timeout=5)
+    assert (r.status, r.stdout) == ('passed', '30000000\n'), r
 
 @pytest.mark.skipif(not protections()['files'], reason='this kernel gives no namespaces')
 def test_walls():

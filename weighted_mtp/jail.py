@@ -13,7 +13,7 @@ __all__ = ['MOUNTS', 'PROCESSES', 'NETWORK', 'IPC', 'HOSTNAME', 'USER', 'OF_WORK
            'fork_server', 'run_job', 'NoWalls', 'worker', 'wait_for', 'main']
 
 # %% ../nbs/06_jail.ipynb #1c7ee5b3
-import ast, atexit, builtins, ctypes, gc, io, json, linecache, os, re, resource, select, signal, socket, struct, sys
+import _sitebuiltins, ast, atexit, builtins, ctypes, gc, io, json, linecache, os, re, resource, select, signal, socket, struct, sys
 import time, traceback
 
 # %% ../nbs/06_jail.ipynb #f8247e57
@@ -259,8 +259,17 @@ REPORT = 63 # descriptor on which a program's process says what ended it: the la
 KEEP_TRACEBACK = 1 << 14 # characters, half of them from its end
 HERE = (lambda: 0).__code__.co_filename # this file, as frames name it
 
+def _add_exit(): # what the interpreter's start-up adds to the built-ins, and a worker starts without (-S)
+    for name in ('exit', 'quit'): setattr(builtins, name, _sitebuiltins.Quitter(name, 'Ctrl-D (i.e. EOF)'))
+
+def _restore_builtins(known): # a program may have replaced what it takes to describe its end
+    vars(builtins).update(known)
+
 def play(program, setup='', calls=None): # the program, then its functions; ends the process
     code, error, process = 1, None, os.getpid()
+    _add_exit()
+    known = dict(vars(builtins))
+    program = program.removeprefix('\ufeff') # a byte order mark, as Python takes it from a file
     sys.argv, sys.path[:] = ['program.py'], [p for p in sys.path if p and not p.endswith('weighted_mtp')]
     name = 'program' if calls else '__main__' # tests import a program, and do not start it
     sys.modules[name] = main = type(sys)(name)
@@ -274,9 +283,13 @@ def play(program, setup='', calls=None): # the program, then its functions; ends
         exec(compile(program, 'program.py', 'exec'), names)
         if calls: _serve(calls, names, sources)
         code = 0
-    except SystemExit as e: code, error = _exit_code(e)
+    except SystemExit as e:
+        _restore_builtins(known)
+        code, error = _exit_code(e)
     except MemoryError as e: code, error = MEMORY, describe_error(e, sources)
-    except BaseException as e: error = describe_error(e, sources)
+    except BaseException as e:
+        _restore_builtins(known)
+        error = describe_error(e, sources)
     if error:
         if os.getpid() == process: _report(error)
         else: _tried(lambda: sys.stderr.write(error['traceback'])) # a child of the program's says it as Python does
@@ -663,11 +676,11 @@ def _judge(channel, limits, tests): # `Ended` or None, player
 
 # %% ../nbs/06_jail.ipynb #9b4bb4db
 def _exactly(n): # bytes of standard input; None at its end
-    out = b''
+    out = bytearray() # a pipe gives 64 KB at a time: adding to bytes would copy all of it each time
     while len(out) < n:
         if not (more := os.read(0, min(n - len(out), 1 << 20))): return None
         out += more
-    return out
+    return bytes(out)
 
 def _message(): # a length, then JSON; nothing is read ahead
     if not (head := _exactly(8)): return None

@@ -30,7 +30,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from .config import UserError
+from .config import UserError, nearest
 from .losses import mtp_loss, mtp_token_cross_entropy
 from .meta_format import converted, open_release, our_name, shards
 
@@ -71,6 +71,29 @@ def low_rank_terms(
     return torch.cat([narrow(a) for a in names], -1), torch.cat([layer.lora_B[a].weight for a in names], -1)
 
 # %% ../nbs/03_models.ipynb #fe21bba8
+def _check_backbone(x): # whether what is trained on it can be saved, and loaded again
+    c = x if isinstance(x, PreTrainedConfig) else x.config if isinstance(x, PreTrainedModel) else None
+    if c is None:
+        raise UserError(f"A backbone is a causal language model of transformers, or its config, not {str(x)[:60]!r} "
+                        f"({type(x).__name__}). Load one with AutoModelForCausalLM.from_pretrained.")
+    if type(c) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{type(x).__name__} cannot be used as a backbone: AutoModelForCausalLM makes no model from a "
+                        f"{type(c).__name__}, so what is trained on it could not be loaded again. Use a text decoder, "
+                        "such as the language model inside.")
+    if quantized := getattr(c, 'quantization_config', None):
+        facts = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        kind = getattr(method := facts.get('quant_method'), 'value', method)
+        raise UserError(f"{type(x).__name__} is quantized (quantization_config: {kind}): its weights cannot be trained "
+                        "or saved here. Use the model as it was before quantization.")
+
+def _check_heads(n):
+    if type(n) is not int or n < 1:
+        raise UserError(f"model.n_future_tokens = {n!r} has to be a whole number from 1 on.")
+
+def _check_tuning(tuning):
+    if tuning not in (allowed := ('lora', 'frozen', 'full')):
+        raise UserError(f"model.tuning = {tuning!r}: allowed are {', '.join(allowed)}.")
+
 class BackboneConfig(PreTrainedConfig):
     "A backbone's config, and adapters."
     sub_configs_defaults = {'backbone_config': SubConfigSpec(config_class=AutoConfig, model_type='llama')}
@@ -88,6 +111,7 @@ class BackboneModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
     def _take(self, backbone):
+        _check_backbone(backbone if backbone is not None else self.config.backbone_config)
         self.backbone = backbone if backbone is not None else AutoModelForCausalLM.from_config(copy.deepcopy(self.config.backbone_config))
         self.logit_scale, self.softcap = logit_terms(self.backbone)
         self._note_ties()
@@ -109,7 +133,9 @@ class BackboneModel(PreTrainedModel):
         add_lora(self, lora)
         self._note_ties()
 
-    def _init_weights(self, module): pass # backbone and heads have initialised themselves
+    def _init_weights(self, module): # backbone and heads have initialised themselves
+        # But buffers in no file, such as a block's own rotary frequencies, have to be made anew after loading
+        if module._non_persistent_buffers_set and not module._parameters: self.backbone._init_weights(module)
     def get_input_embeddings(self): return self.backbone.get_input_embeddings()
     def get_output_embeddings(self): return self.backbone.get_output_embeddings()
     def set_input_embeddings(self, value): self.backbone.set_input_embeddings(value)
@@ -244,6 +270,7 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
             norms = ' or '.join(_FINAL_NORMS)
             raise UserError(f"{name} keeps its blocks in no `layers`, or has no final norm ({norms}): use a "
                             "decoder such as Llama, Qwen or Mistral.")
+        if not len(decoder.layers): raise UserError(f"{name} has no layers (num_hidden_layers = 0): one is needed.")
         return decoder.layers
 
     @classmethod
@@ -252,6 +279,8 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         n_future_tokens:int=4,
     ):
         "The backbone's layers stay trunk and head 1; the other heads start as copies of its last block."
+        _check_heads(n_future_tokens)
+        _check_backbone(model_or_config)
         model = model_or_config if isinstance(model_or_config, PreTrainedModel) else AutoModelForCausalLM.from_config(copy.deepcopy(model_or_config))
         policy = cls(MTPConfig(backbone_config=copy.deepcopy(model.config), n_future_tokens=n_future_tokens), model)
         check_logits(policy, copies=True)
@@ -327,6 +356,9 @@ class ValueHead(nn.Module):
         bias:float=0., # Where the values start (0.5 for the lambda-return; sigmoid starts at 0.5 by itself)
     ):
         super().__init__()
+        if kind not in (allowed := ('linear', 'sigmoid', 'mlp', 'surprise')):
+            raise UserError(f"critic.head = {kind!r}: allowed are {', '.join(allowed)}.")
+        if not 0 <= dropout < 1: raise UserError(f"critic.head_dropout = {dropout!r} has to be from 0 on, below 1.")
         D, self.kind = hidden_size, kind
         self.norm = nn.LayerNorm(D) # the scale of hidden states differs by backbone
         if kind in ('linear', 'sigmoid'): self.layers = nn.Sequential(nn.Linear(D, 1))
@@ -382,14 +414,28 @@ class ValueModel(BackboneModel):
 # %% ../nbs/03_models.ipynb #1ac6e78f
 _LORA_KEYS = ('r', 'alpha', 'dropout', 'target_modules')
 
+def _check_lora(lora): # what peft would take, or say in words of its own
+    if not lora: raise UserError("model.tuning = lora needs model.lora: r, alpha, dropout and target_modules.")
+    if unknown := sorted(set(lora) - set(_LORA_KEYS)):
+        raise UserError(f"model.lora.{unknown[0]} is not supported: allowed are {', '.join(_LORA_KEYS)}.")
+    if gone := [k for k in _LORA_KEYS if k not in lora]: raise UserError(f"model.lora.{gone[0]} is missing.")
+    def is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
+    targets = lora['target_modules']
+    is_names = isinstance(targets, (list, tuple, set)) and all(isinstance(t, str) for t in targets)
+    for key, good, allowed in (
+            ('r', type(lora['r']) is int and lora['r'] >= 1, 'a whole number from 1 on'),
+            ('alpha', is_number(lora['alpha']) and 0 < lora['alpha'] < float('inf'), 'a number above 0'),
+            ('dropout', is_number(lora['dropout']) and 0 <= lora['dropout'] < 1, 'a number from 0 on, below 1'),
+            ('target_modules', isinstance(targets, str) or is_names, 'a text or a list of texts')):
+        if not good: raise UserError(f"model.lora.{key} = {lora[key]!r} has to be {allowed}.")
+
 def add_lora(
     backbone, # A `PreTrainedModel`; changed in place
     lora, # Dict or config section with r, alpha, dropout, target_modules
 ):
     """Inject LoRA adapters with peft (Hu et al. 2021, arXiv 2106.09685); everything else is frozen. Raises `UserError`
     for what peft cannot adapt."""
-    if unknown := sorted(set(lora) - set(_LORA_KEYS)):
-        raise UserError(f"model.lora.{unknown[0]} is not supported: allowed are {', '.join(_LORA_KEYS)}.")
+    _check_lora(lora)
     targets = lora['target_modules']
     config = LoraConfig(r=lora['r'], lora_alpha=lora['alpha'], lora_dropout=lora['dropout'], task_type='CAUSAL_LM',
                         target_modules=targets if isinstance(targets, str) else list(targets))
@@ -410,6 +456,12 @@ def _check_adapters(backbone, targets): # what peft adapted, whatever the settin
         if isinstance(m, LoraLayer) and not isinstance(m.base_layer, (nn.Linear, nn.Embedding, Conv1D)):
             raise UserError(f"model.lora.target_modules = {targets} adapts {name}, a {type(m.base_layer).__name__}: "
                             "allowed are linear layers and embeddings.")
+    adapted = [f'.{name}' for name, m in backbone.named_modules() if isinstance(m, LoraLayer)]
+    names = () if isinstance(targets, str) else targets
+    if missed := [t for t in names if not any(name.endswith(f'.{t}') for name in adapted)]:
+        linear = {n.rpartition('.')[2] for n, m in backbone.named_modules() if isinstance(m, LoraLayer | nn.Linear)}
+        hint = nearest(missed[0], sorted(linear - {'base_layer', 'default'}))
+        raise UserError(f"model.lora.target_modules = {targets}: no layer is called {missed[0]}.{hint}")
 
 AutoConfig.register(ValueConfig.model_type, ValueConfig, exist_ok=True)
 AutoModel.register(ValueConfig, ValueModel, exist_ok=True)
@@ -434,6 +486,9 @@ def build_policy(
     lora=None, # Adapter settings, for lora
 )->MTPForCausalLM:
     "A policy on a backbone, with the right parameters left trainable. Raises `UserError` where the backbone has too few heads, or nothing would learn."
+    _check_heads(n_future_tokens)
+    _check_tuning(tuning)
+    if tuning == 'lora': _check_lora(lora)
     if tuning == 'frozen' and n_future_tokens == 1: raise UserError("model.tuning = frozen leaves nothing to train with model.n_future_tokens = 1: choose lora or full.")
     if not isinstance(backbone, MTPForCausalLM): model = MTPForCausalLM.from_backbone(backbone, n_future_tokens)
     elif backbone.config.n_future_tokens < n_future_tokens:
@@ -453,6 +508,9 @@ def build_value_model(
     head:str='mlp', head_dropout:float=0., head_bias:float=0.,
 )->ValueModel:
     "A value model on a backbone, with the right parameters left trainable."
+    _check_tuning(tuning)
+    _check_backbone(backbone)
+    if tuning == 'lora': _check_lora(lora)
     config = ValueConfig(backbone_config=copy.deepcopy(backbone.config), head=head, head_dropout=head_dropout, head_bias=head_bias,
                          lora=dict(lora) if tuning == 'lora' else None)
     model = ValueModel(config, backbone)
@@ -496,7 +554,8 @@ def read_checkpoint(
     if not path.is_file(): raise UserError(f"Checkpoint {path} not found.")
     try: c = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise UserError(f"Checkpoint {path} cannot be read: truncated, or not a checkpoint ({type(e).__name__}).") from None
-    if not isinstance(c, dict) or 'model_config' not in c: raise UserError(f"Checkpoint {path} was not written by this package.")
+    if not isinstance(c, dict) or not c.keys() >= {'model_type', 'model_config', 'state'}:
+        raise UserError(f"Checkpoint {path} was not written by this package.")
     return c
 
 def _described(path, cls, what): # a checkpoint's contents and its model's config

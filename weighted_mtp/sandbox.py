@@ -55,7 +55,7 @@ def check_packages(
     packages, # Names that programs may import, such as `('numpy',)`
 )->tuple: # The names, each once
     "Raise `UserError` unless every package is installed."
-    if isinstance(packages, str) or not all(isinstance(p, str) for p in packages):
+    if not isinstance(packages, (list, tuple, set)) or not all(isinstance(p, str) for p in packages):
         raise UserError(f"packages = {packages!r} has to be a list of names, such as ['numpy'].")
     for name in packages:
         if not name.isidentifier() or not _spec(name): raise _not_installed(name)
@@ -218,6 +218,32 @@ def _forget_workers(): # in a forked process: they belong to the other
 os.register_at_fork(after_in_child=_forget_workers)
 
 # %% ../nbs/06_sandbox.ipynb #58c0d7fe
+_TESTS = dict(script=('stdin',), stdio=('tests',), asserts=('tests',), humaneval=('test', 'entry_point'))
+
+def _is_pair(x): return isinstance(x, (list, tuple)) and len(x) == 2 and all(isinstance(y, str) for y in x)
+
+def _check_tests(tests): # as `judge` takes them
+    kind = tests.get('kind') if isinstance(tests, dict) else None
+    if not isinstance(kind, str) or kind not in _TESTS:
+        raise UserError(f"tests = {str(tests)[:100]} have no known kind: allowed are {', '.join(_TESTS)}, such as "
+                        "dict(kind='asserts', tests=['assert f(1) == 2']).")
+    for key in _TESTS[kind]:
+        value = tests.get(key)
+        if key != 'tests': good, what = isinstance(value, str), 'text'
+        else:
+            fits = _is_pair if kind == 'stdio' else lambda x: isinstance(x, str)
+            good = isinstance(value, (list, tuple)) and value and all(map(fits, value))
+            what = 'one or more ' + ('pairs of input and output' if kind == 'stdio' else 'statements')
+        if not good: raise UserError(f"tests of kind {kind}: {key} = {str(value)[:100]!r} has to be {what}.")
+    if not isinstance(setup := tests.get('setup') or '', str):
+        raise UserError(f"tests of kind {kind}: setup = {str(setup)[:100]!r} has to be text.")
+
+def _check_limits(timeout, memory_mb):
+    if not isinstance(timeout, (int, float)) or not 0 < timeout <= 86_400: # nan, too
+        raise UserError(f"timeout = {timeout!r} has to be a number of seconds above 0, at most 86400 (a day).")
+    if not isinstance(memory_mb, int) or memory_mb < 1:
+        raise UserError(f"memory_mb = {memory_mb!r} has to be a whole number of megabytes from 1 on.")
+
 def judge(
     program:str, # Python
     tests:dict, # kind script (stdin), stdio (tests: [input, expected output]), asserts (tests, and setup for what stands before the program) or humaneval (test, entry_point)
@@ -228,6 +254,9 @@ def judge(
 )->Result:
     "Run a program against tests that it cannot see."
     packages = check_packages(packages)
+    _check_limits(timeout, memory_mb)
+    _check_tests(tests)
+    if not isinstance(program, str): raise UserError(f"A program has to be text, not {type(program).__name__}.")
     runs = len(tests['tests']) if tests['kind'] == 'stdio' else 1
     job = dict(program=program, setup=tests.get('setup'), tests=tests, limits=_limits(timeout, memory_mb))
     key = bool(walls), packages, _jail()
@@ -273,6 +302,8 @@ def judge_many(
 )->list[Result]: # In order
     "Judge programs side by side. None of them can harm the others, or this process."
     jobs, packages = list(jobs), check_packages(packages)
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise UserError(f"workers = {workers!r} has to be a whole number from 1 on, or None: one for every core.")
     def run(job): return judge(*job, timeout=timeout, memory_mb=memory_mb, packages=packages)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(tqdm(pool.map(run, jobs), total=len(jobs), unit='program', disable=not progress, leave=False))

@@ -49,7 +49,11 @@ def project(tmp_path_factory):
     pipelines = root/'weighted_mtp'/'pipelines'
     shutil.rmtree(pipelines, ignore_errors=True); pipelines.mkdir(); (pipelines/'__init__.py').touch()
     (pipelines/'run_critic.py').write_text(TRAINER)
-    (root/'configs/critic/critic_micro.yaml').write_text('pipeline: critic\nexperiment: {name: critic-pretrain}\ntraining: {batch_size: 8, gradient_accumulation_steps: 1}\n')
+    (root/'configs/critic/critic_micro.yaml').write_text('''pipeline: critic
+experiment: {name: critic-pretrain}
+dataset: {train: train.jsonl, validation: validation.jsonl}
+training: {batch_size: 8, gradient_accumulation_steps: 1}
+''')
     (root/'.env').write_text('\n'.join(f'{k}={v}' for k, v in {**SECRETS, 'AWS_DEFAULT_REGION': 'eu-north-1'}.items()))
     (root/'home').mkdir()
     return root

@@ -989,9 +989,12 @@ def _site_leaks(values): # the run YAML shows them, and records keep it
             if secret in value and secret_name != 'MLFLOW_TRACKING_USERNAME': # it may well be part of an address
                 yield f"{name} holds the value of {secret_name}, and every run would show it: leave it out."
 
+_ONE_LINE = ('image',) # of these any line is possible: the service says what it does not know
+
 def _site_problems(values): # of single fields, in words
     for name, value in values.items():
         words = re.split(r'\s*,\s*', value) if name in ('volumes', 'exports') else [value]
+        if name in _ONE_LINE and not unprintable(value): continue
         if not all(words) or any(re.search(r'\s', w) or unprintable(w) for w in words):
             hint = ' (a comment needs a line of its own)' if re.search(r'\s[#;]', value) else ''
             what = 'words separated by commas' if ',' in value else 'one word, without spaces'

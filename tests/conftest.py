@@ -1,0 +1,7 @@
+"""The files that take longest start first, so that no core is left with one of them at the end."""
+LONGEST = ('distributed', 'training', 'vessl', 'evaluation', 'resume', 'storage', 'remote', 'estimate', 'launch',
+           'losses', 'sandbox', 'families')
+
+def pytest_collection_modifyitems(items):
+    places = {f'test_{name}.py': i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))

@@ -285,7 +285,7 @@ def setting(
     choices=(), # The words allowed
     kind=None, # The type, where OmegaConf has none for it
     lines=False, # Text that may have several lines
-    filled=False, # Text that cannot be empty where it is given, though its default is
+    filled=False, # Text that cannot be left empty where its key is written; '' in quotes is the default
 ):
     "A field of the schema, with what its type cannot say."
     known = dict(within=within and interval(within), also=tuple(also), choices=tuple(choices), kind=kind, lines=lines, filled=filled)
@@ -585,7 +585,7 @@ def _read(kind, value, setting): # raises ValueError; its text, if any, is a hin
         if not value: raise ValueError
     if kind is str:
         if value == '' and setting.default: raise ValueError('it is empty')
-        if setting.filled and isinstance(value, str) and not value.strip(): raise ValueError('it is empty')
+        if setting.filled and isinstance(value, Plain) and not value.strip(): raise ValueError('it is empty')
         return _read_text(value, setting.lines)
     if isinstance(value, str) and _REFERENCE.fullmatch(value.strip()):
         _check_references(value)
@@ -693,7 +693,7 @@ def parse_yaml(
 def _problems(values): # every impossible value of a resolved config, in words
     found = flatten(values)
     for key, setting in schema().items():
-        if found[key] == setting.default: continue # also an empty one that nobody may type
+
         try: read_value(setting, found[key])
         except UserError as e: yield str(e)
 

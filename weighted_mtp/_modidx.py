@@ -758,7 +758,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'weighted_mtp.plan._local_troubles': ('plan.html#_local_troubles', 'weighted_mtp/plan.py'),
                                    'weighted_mtp.plan._names': ('plan.html#_names', 'weighted_mtp/plan.py'),
                                    'weighted_mtp.plan._ngpus': ('plan.html#_ngpus', 'weighted_mtp/plan.py'),
-                                   'weighted_mtp.plan._no_data': ('plan.html#_no_data', 'weighted_mtp/plan.py'),
                                    'weighted_mtp.plan._other_pipeline': ('plan.html#_other_pipeline', 'weighted_mtp/plan.py'),
                                    'weighted_mtp.plan._overrides': ('plan.html#_overrides', 'weighted_mtp/plan.py'),
                                    'weighted_mtp.plan._overrides_given': ('plan.html#_overrides_given', 'weighted_mtp/plan.py'),

@@ -286,9 +286,10 @@ def setting(
     choices=(), # The words allowed
     kind=None, # The type, where OmegaConf has none for it
     lines=False, # Text that may have several lines
+    filled=False, # Text that cannot be left empty where its key is written; '' in quotes is the default
 ):
     "A field of the schema, with what its type cannot say."
-    known = dict(within=within and interval(within), also=tuple(also), choices=tuple(choices), kind=kind, lines=lines)
+    known = dict(within=within and interval(within), also=tuple(also), choices=tuple(choices), kind=kind, lines=lines, filled=filled)
     if isinstance(default, list): return field(default_factory=lambda: copy.deepcopy(default), metadata=known)
     return field(default=default, metadata=known)
 
@@ -302,8 +303,8 @@ class Experiment:
 
 @dataclass
 class Dataset:
-    train: str = '' # JSONL of solutions, one a line
-    validation: str = ''
+    train: str = setting('', filled=True) # JSONL of solutions, one a line
+    validation: str = setting('', filled=True)
     test: str|None = None # Judged once, after training, with the best checkpoint
     max_length: int = setting(2048, '[1, 1e7]') # Prompt and response together, in tokens
     embedded: bool = False # Make the embedded default in the folder of `train` if it is not there
@@ -469,6 +470,7 @@ class Setting:
     also: tuple = ()
     choices: tuple = ()
     lines: bool = False
+    filled: bool = False
 
     def allows(self, number)->bool: return self.within is None or number in self.within or number in self.also
 
@@ -476,7 +478,8 @@ def _setting(key, hint, f):
     metadata, kind = f.metadata, f.metadata.get('kind') or hint
     types = [t for t in get_args(kind) if t is not type(None)]
     optional = type(None) in get_args(kind)
-    known = {k: metadata[k] for k in ('within', 'also', 'choices', 'lines') if k in metadata}
+    known = {k: metadata[k] for k in ('within', 'also', 'choices', 'lines', 'filled')
+             if k in metadata}
     default = f.default if f.default is not MISSING else f.default_factory()
     return Setting(key, types[0] if optional else kind, optional, default, **known)
 
@@ -583,6 +586,7 @@ def _read(kind, value, setting): # raises ValueError; its text, if any, is a hin
         if not value: raise ValueError
     if kind is str:
         if value == '' and setting.default: raise ValueError('it is empty')
+        if setting.filled and isinstance(value, Plain) and not value.strip(): raise ValueError('it is empty')
         return _read_text(value, setting.lines)
     if isinstance(value, str) and _REFERENCE.fullmatch(value.strip()):
         _check_references(value)
@@ -690,6 +694,7 @@ def parse_yaml(
 def _problems(values): # every impossible value of a resolved config, in words
     found = flatten(values)
     for key, setting in schema().items():
+
         try: read_value(setting, found[key])
         except UserError as e: yield str(e)
 
@@ -705,7 +710,7 @@ def _addresses(config): # that hold a login, or that nothing can be sent to
                "MLFLOW_TRACKING_PASSWORD).")
     elif uri and not _TRACKING.fullmatch(uri):
         yield f"mlflow.tracking_uri = {_shown(uri)}: must be http://HOST, https://HOST or sqlite:///FILE."
-    for key, value in flatten(plain(config)).items():
+    for key, value in flatten(OmegaConf.to_container(config, resolve=True)).items():
         held = key not in ('mlflow.tracking_uri', 'checkpoint.upload_to') and _LOGIN.search(str(value))
         if held: yield f"{key} holds a user name and password, and would be written down: take them out of the address."
 

@@ -181,6 +181,8 @@ def _env_problems(): # lines of `.env` that are no good; raises where it cannot 
     file = project_root()/'.env'
     return [short_path(problem) for _, problem in check_env(file)[1]] if file.is_file() else []
 
+
+
 def _local_troubles(r, config):
     needs = dict(verifiable=('critic', config.experiment.critic_checkpoint, 'train a critic first, or give critic_checkpoint=PATH.'),
                  rho1=('reference', config.experiment.reference_checkpoint, 'run ref_tuning first, or override experiment.reference_checkpoint=PATH.'),
@@ -377,7 +379,7 @@ def make_plan(
     words = _overrides(r, base, problems)
     final = _resolve(base, words, problems)
     problems = [*_leaks(r, final), *problems]
-    if final is not None: problems += [*_other_pipeline(r, file, words, final), *_no_data(final)]
+    if final is not None: problems += _other_pipeline(r, file, words, final)
     if problems: raise UserError('\n'.join(redact(p) for p in dict.fromkeys(problems)))
     return _assemble(r, site, file, words, final)
 
@@ -388,10 +390,7 @@ def _other_pipeline(r, file, overrides, config): # the config is for another pip
         yield f"{file} is a config for pipeline {config.pipeline}, not {r['pipeline']}."
     else: yield f"{file} names no pipeline: write the line `pipeline: {r['pipeline']}` into it."
 
-def _no_data(config): # what training cannot do without
-    if config.pipeline == 'evaluation': return
-    for key in ('train', 'validation'):
-        if not config.dataset[key].strip(): yield f"dataset.{key} is empty: give the path of a JSONL file of solutions."
+
 
 def _assemble(r, site, file, overrides, config): # nothing can go wrong any more
     command, t = _command(r, file, overrides), config.training

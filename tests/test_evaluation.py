@@ -170,3 +170,5 @@ def test_what_cannot_be_judged(policy):
     (here/'cut.pt').write_bytes(policy.read_bytes()[:5000])
     assert 'cannot be read: truncated' in refused('cut.pt')
     assert 'needs at least 5 samples' in refused(str(policy), '--k', '5', '--samples', '2')
+    assert 'seed = -5' in refused(str(policy), '--seed', '-5')
+    assert '--limit has no meaning for references' in refused('references', '--limit', '2')

@@ -197,10 +197,12 @@ def evaluate(
             ('max_new_tokens', max_new_tokens, max_new_tokens >= 1, 'at least 1'),
             ('temperature', temperature, temperature is None or 0 <= temperature < math.inf, 'a number of at least 0'),
             ('top_p', top_p, 0 < top_p <= 1, 'above 0 and at most 1'),
-            ('limit', limit, limit is None or limit >= 1, 'at least 1')):
+            ('limit', limit, limit is None or limit >= 1, 'at least 1'),
+            ('seed', seed, 0 <= seed < 2**32, 'from 0 to 4294967295')):
         if not fine: raise UserError(f"{what} = {x} is not possible: it has to be {allowed}.")
     how = dict(temperature=(0. if samples == 1 else .8) if temperature is None else temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=list(stop), self_speculative=self_speculative)
-    settings = dict(benchmark=name, problems=hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12], of=of, tokenizer=vocabulary_id(tokenizer), samples=samples, seed=seed, **how)
+    # `answers`: the way code is found in them, so that results of two ways are not mixed
+    settings = dict(benchmark=name, answers=2, problems=hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12], of=of, tokenizer=vocabulary_id(tokenizer), samples=samples, seed=seed, **how)
     packages = check_packages(packages)
     if packages: settings['packages'] = sorted(packages) # no key without any: rows of before the setting are kept
     try: folder and Path(folder).mkdir(parents=True, exist_ok=True)
@@ -417,6 +419,7 @@ def _evaluate(a):
     packages = check_packages([n.strip() for n in a.packages.split(',') if n.strip()])
     print('sandbox: ' + '; '.join(f"{k}: {v or 'NOT PROTECTED'}" for k, v in protections().items()), flush=True)
     if a.checkpoint == 'references':
+        if a.limit: raise UserError("--limit has no meaning for references: all of them are run.")
         return sum([_print_references(judge_references(n, root, packages=packages)) for n in names])
     problems = {n: load_benchmark(n, root) for n in names}
     model, tokenizer = load_judged(a.checkpoint, a.tokenizer)

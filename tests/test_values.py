@@ -728,7 +728,8 @@ def test_settings_never_show_a_line_nor_hold_a_secret(here):
         assert f'{field} ' in message and 'geheim' not in message, message
     for bom in ('\ufeff', '\ufeff\n', ): assert site(bom + good) == site(good) == site(bom + good.replace('\n', '\r\n'))
     for field, value in (('workdir', '/'), ('workdir', '/root/x/'), ('workdir', '/root/../x'),
-                         ('volume_root', '/mnt/x'), ('volume_root', 'volume://'), ('volume_root', 'volume://me:geheim@x'),
+                         ('volume_root', '/mnt/x'), ('volume_root', 'volume://'),
+                         ('volume_root', 'volume://me:geheim@x'),
                          ('git_url', 'notaurl'),
                          ('git_url', 'https://host'), ('git_ref', '--upload-pack=x'), ('image', '-x'),
                          ('cluster', '-x')):

@@ -1,5 +1,5 @@
 """Every decoder family is exact against transformers' own logits and loss, or refused by name: no third outcome."""
-import copy, re, runpy
+import copy, json, re, runpy
 from pathlib import Path
 
 import pytest, torch, transformers
@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from weighted_mtp import generation
 from weighted_mtp.config import UserError
 from weighted_mtp.models import (MTPForCausalLM, build_policy, build_value_model, check_logits, export_backbone,
-                                 load_policy, load_value_model, save_checkpoint)
+                                 load_backbone, load_policy, load_value_model, save_checkpoint)
 from weighted_mtp.training import check_gradients
 
 REPO, V = Path(__file__).resolve().parent.parent, 64
@@ -344,6 +344,24 @@ def test_settings_that_cannot_be(tmp_path):
     for key in ('state', 'model_type', 'model_config'):
         torch.save({k: v for k, v in whole.items() if k != key}, tmp_path/'part.pt')
         with pytest.raises(UserError, match='part.pt was not written by this package'): load_policy(tmp_path/'part.pt')
+
+BAD_CONFIGS = (dict(quantization_config=dict(quant_method='gptq', bits=4)), dict(hidden_size='32'),
+               dict(hidden_size=33), dict(num_attention_heads=0), dict(hidden_act='none'), dict(rope_parameters=dict(rope_type='none')),
+               dict(model_type='none'), dict(num_hidden_layers=9))
+
+def test_folders_that_cannot_be_loaded(tmp_path, capfd):
+    "Whatever a config.json makes transformers raise, it is said of which setting and folder."
+    llama().save_pretrained(tmp_path)
+    right = json.loads((tmp_path/'config.json').read_text())
+    assert load_backbone(tmp_path)
+    for wrong in BAD_CONFIGS:
+        (tmp_path/'config.json').write_text(json.dumps(right | wrong))
+        with pytest.raises(UserError) as e: build_policy(load_backbone(tmp_path))
+        assert str(tmp_path) in str(e.value) or 'is quantized' in str(e.value), (wrong, e.value)
+    (tmp_path/'config.json').write_text(json.dumps(right))
+    (tmp_path/'model.safetensors').unlink()
+    (tmp_path/'pytorch_model.bin').write_text('torn')
+    with pytest.raises(UserError, match='model.backbone = .*cannot be loaded'): load_backbone(tmp_path)
 
 def letters(**special): # a tokenizer of the 26 letters, as tokens 3 to 28
     from tokenizers import Tokenizer, models, pre_tokenizers

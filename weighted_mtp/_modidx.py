@@ -712,6 +712,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'weighted_mtp.models._open_meta': ('models.html#_open_meta', 'weighted_mtp/models.py'),
                                      'weighted_mtp.models._recurrent': ('models.html#_recurrent', 'weighted_mtp/models.py'),
                                      'weighted_mtp.models._save_tokenizer': ('models.html#_save_tokenizer', 'weighted_mtp/models.py'),
+                                     'weighted_mtp.models._why_not_loaded': ('models.html#_why_not_loaded', 'weighted_mtp/models.py'),
                                      'weighted_mtp.models.add_lora': ('models.html#add_lora', 'weighted_mtp/models.py'),
                                      'weighted_mtp.models.block_states': ('models.html#block_states', 'weighted_mtp/models.py'),
                                      'weighted_mtp.models.build_policy': ('models.html#build_policy', 'weighted_mtp/models.py'),

@@ -346,8 +346,8 @@ def test_settings_that_cannot_be(tmp_path):
         with pytest.raises(UserError, match='part.pt was not written by this package'): load_policy(tmp_path/'part.pt')
 
 BAD_CONFIGS = (dict(quantization_config=dict(quant_method='gptq', bits=4)), dict(hidden_size='32'),
-               dict(hidden_size=33), dict(num_attention_heads=0), dict(hidden_act='none'), dict(rope_parameters=dict(rope_type='none')),
-               dict(model_type='none'), dict(num_hidden_layers=9))
+               dict(hidden_size=33), dict(num_attention_heads=0), dict(hidden_act='none'),
+               dict(rope_parameters=dict(rope_type='none')), dict(model_type='none'), dict(num_hidden_layers=9))
 
 def test_folders_that_cannot_be_loaded(tmp_path, capfd):
     "Whatever a config.json makes transformers raise, it is said of which setting and folder."

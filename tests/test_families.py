@@ -1,5 +1,5 @@
 """Every decoder family is exact against transformers' own logits and loss, or refused by name: no third outcome."""
-import copy, re, runpy
+import copy, json, re, runpy
 from pathlib import Path
 
 import pytest, torch, transformers
@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from weighted_mtp import generation
 from weighted_mtp.config import UserError
 from weighted_mtp.models import (MTPForCausalLM, build_policy, build_value_model, check_logits, export_backbone,
-                                 load_policy, load_value_model, save_checkpoint)
+                                 load_backbone, load_policy, load_value_model, save_checkpoint)
 from weighted_mtp.training import check_gradients
 
 REPO, V = Path(__file__).resolve().parent.parent, 64
@@ -384,6 +384,55 @@ def test_settings_that_cannot_be(tmp_path):
     for key in ('state', 'model_type', 'model_config'):
         torch.save({k: v for k, v in whole.items() if k != key}, tmp_path/'part.pt')
         with pytest.raises(UserError, match='part.pt was not written by this package'): load_policy(tmp_path/'part.pt')
+
+BAD_CONFIGS = (dict(quantization_config=dict(quant_method='gptq', bits=4)), dict(hidden_size='32'),
+               dict(hidden_size=33), dict(num_attention_heads=0), dict(hidden_act='none'),
+               dict(rope_parameters=dict(rope_type='none')), dict(model_type='none'), dict(num_hidden_layers=9))
+
+def test_folders_that_cannot_be_loaded(tmp_path, capfd):
+    "Whatever a config.json makes transformers raise, it is said of which setting and folder."
+    llama().save_pretrained(tmp_path)
+    right = json.loads((tmp_path/'config.json').read_text())
+    assert load_backbone(tmp_path)
+    for wrong in BAD_CONFIGS:
+        (tmp_path/'config.json').write_text(json.dumps(right | wrong))
+        with pytest.raises(UserError) as e: build_policy(load_backbone(tmp_path))
+        assert str(tmp_path) in str(e.value) or 'is quantized' in str(e.value), (wrong, e.value)
+    (tmp_path/'config.json').write_text(json.dumps(right))
+    (tmp_path/'model.safetensors').unlink()
+    (tmp_path/'pytorch_model.bin').write_text('torn')
+    with pytest.raises(UserError, match='model.backbone = .*cannot be loaded'): load_backbone(tmp_path)
+
+def letters(**special): # a tokenizer of the 26 letters, as tokens 3 to 28
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {'<s>': 1, '</s>': 2, '?': 0} | {c: i for i, c in enumerate('abcdefghijklmnopqrstuvwxyz', 3)}
+    plain = Tokenizer(models.WordLevel(words, unk_token='?'))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+
+BAD_TEXTS = ((dict(prompts='a b'), 'prompts'), (dict(prompts=None), 'prompts'), (dict(prompts=[3]), 'prompts'),
+             (dict(max_new_tokens=0), 'max_new_tokens = 0'), (dict(max_new_tokens=2.5), 'max_new_tokens = 2.5'),
+             (dict(temperature=-1.), 'temperature = -1.0'), (dict(temperature=float('nan')), 'temperature = nan'),
+             (dict(top_p=0.), 'top_p = 0.0'), (dict(top_p=1.5), 'top_p = 1.5'), (dict(stop='ab'), "stop = 'ab'"),
+             (dict(stop=['']), 'stop'), (dict(batch_size=-1), 'batch_size = -1'), (dict(seed=-1), 'seed = -1'),
+             (dict(prompts=['a', '']), 'Prompt 2 of 2 is empty'), (dict(prompts=['a z']), 'token 28; .* only 20'))
+
+def test_texts_that_cannot_be_written():
+    "As a batch of -1 gave None for a text, and a prompt that was no list one text a letter."
+    policy = build_policy(llama(vocab_size=20), 2)
+    for self_speculative in (True, False):
+        for settings, words in BAD_TEXTS:
+            settings = dict(prompts=['a'], self_speculative=self_speculative) | settings
+            with pytest.raises(UserError, match=words): generation.generate(policy, letters(), **settings)
+    with pytest.raises(UserError, match='A ValueModel writes no text'):
+        generation.generate(build_value_model(llama()), letters(), ['a'])
+
+def test_a_tokenizer_without_padding():
+    "Prompts of several lengths in a batch: what stands in for padding is masked."
+    policy, how = build_policy(llama(initializer_range=.3), 2), dict(max_new_tokens=6, self_speculative=False)
+    prompts = ['a', 'b c d', 'e f']
+    alone = [generation.generate(policy, letters(), [p], **how)[0].ids for p in prompts]
+    assert [g.ids for g in generation.generate(policy, letters(), prompts, **how)] == alone
 
 def test_buffers_of_heads_are_made_anew(ids, tmp_path):
     "Moshi's blocks have rotary frequencies of their own, which no file holds."

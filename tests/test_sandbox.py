@@ -366,7 +366,7 @@ def test_no_test_is_in_the_memory_that_programs_are_forked_from(own_worker):
         with open(f'/proc/{process.pid}/mem', 'rb', 0) as f:
             def read(start, end): f.seek(start); return f.read(end - start)
             return any(secret.encode() in read(int(a, 16), int(b, 16)) for a, b in ranges)
-    _, worker, fork_server = processes_of(own_worker()[0])
+    _, worker, fork_server, *_ = processes_of(own_worker()[0]) # the last program's may be there for a moment
     assert has(worker) and not has(fork_server)
 
 RIGHT = { # right programs that are not as simple as they could be, with tests

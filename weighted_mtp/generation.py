@@ -6,7 +6,7 @@
 __all__ = ['HeadCandidates', 'Generation', 'NoRoom', 'generate']
 
 # %% ../nbs/09_generation.ipynb #f334f9ea
-import time
+import math, time
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +155,31 @@ def _finished(ids, tokenizer, stop, passes):
 
 class NoRoom(UserError): "A prompt is longer than what a model can read."
 
+def _is_text_list(x): return isinstance(x, (list, tuple)) and all(isinstance(y, str) for y in x)
+
+def _check_settings(prompts, stop, **numbers):
+    if not _is_text_list(prompts): raise UserError(f"prompts = {str(prompts)[:60]!r} have to be a list of texts.")
+    if not _is_text_list(stop) or '' in stop:
+        raise UserError(f"stop = {stop!r} has to be a list of texts that are not empty.")
+    for name, x in numbers.items():
+        whole = name in ('max_new_tokens', 'batch_size')
+        good = (isinstance(x, int) if whole else isinstance(x, (int, float))) and 0 <= x < math.inf # nan is neither
+        if name == 'top_p': good, allowed = good and 0 < x <= 1, 'a number above 0, at most 1'
+        elif whole: good, allowed = good and x >= 1, 'a whole number from 1 on'
+        else: allowed = 'a number from 0 on'
+        if not good: raise UserError(f"{name} = {x!r} has to be {allowed}.")
+
+def _check_prompts(ids, model, room):
+    words = len(model.get_input_embeddings().weight)
+    for i, x in enumerate(ids, 1):
+        where = f'Prompt {i} of {len(ids)}'
+        if not x: raise UserError(f"{where} is empty, and the tokenizer has no token that begins a text (bos_token).")
+        if max(x) >= words:
+            raise UserError(f"{where} holds token {max(x)}; the model has only {words}. Use the tokenizer that it was "
+                            "trained with.")
+        if len(x) + 1 > room:
+            raise NoRoom(f"{where} has {len(x)} tokens; the model has room for {room}, the answer included.")
+
 def generate(
     model, # A policy (`MTPForCausalLM`), or any causal language model of transformers
     tokenizer,
@@ -169,16 +194,24 @@ def generate(
 )->list[Generation]: # One a prompt, in order
     "Complete prompts. Raises `NoRoom`, a `UserError`, for a prompt that leaves no room."
     from transformers import set_seed
-    if seed is not None: set_seed(seed)
+    _check_settings(prompts, stop, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                    batch_size=batch_size)
+    if not hasattr(model, 'generate'):
+        raise UserError(f"A {type(model).__name__} writes no text: use a language model.")
+    if seed is not None:
+        if not 0 <= seed < 2**32: raise UserError(f"seed = {seed!r} has to be a whole number from 0 to 4294967295.")
+        set_seed(seed)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = [bos + x for x in tokenizer(list(prompts), add_special_tokens=False)['input_ids']] if len(prompts) else []
     room = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 1 << 30
-    for i, x in enumerate(ids):
-        if len(x) + 1 > room: raise NoRoom(f"Prompt {i+1} of {len(ids)} has {len(x)} tokens; the model has room for {room}, the answer included.")
+    _check_prompts(ids, model, room)
     drafting = self_speculative and isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1
     drafting = drafting and model.can_draft
-    how = dict(do_sample=temperature > 0, **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}), eos_token_id=tokenizer.eos_token_id,
-               pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}))
+    # What stands in for padding is masked: any token will do where there is none
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    how = dict(do_sample=temperature > 0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
+    if temperature > 0: how |= dict(temperature=temperature, top_p=top_p, top_k=0)
+    if stop: how |= dict(stop_strings=list(stop), tokenizer=tokenizer)
     was, out = model.training, [None]*len(ids)
     if was: model.eval()
     try:

@@ -467,6 +467,12 @@ AutoConfig.register(ValueConfig.model_type, ValueConfig, exist_ok=True)
 AutoModel.register(ValueConfig, ValueModel, exist_ok=True)
 
 # %% ../nbs/03_models.ipynb #c40c4db5
+def _why_not_loaded(e): # in a line
+    lines = str(e).strip().splitlines() or ['no message']
+    text = ' '.join(line.strip() for line in lines[:2]) if lines[0].endswith(':') else lines[0]
+    known = isinstance(e, (OSError, ValueError, RuntimeError, SafetensorError)) # they speak of files and settings
+    return text if known else f'{type(e).__name__}: {text}'
+
 def load_backbone(
     source, # Folder or hub name
     dtype=torch.float32,
@@ -475,7 +481,9 @@ def load_backbone(
     "A Hugging Face causal language model. Raises `UserError` where there is none."
     if source == 'micro': raise UserError(f"{key} = micro: its weights came from a seed and are kept nowhere, so what was trained on it (model.tuning = lora or frozen) cannot be used again. Train with model.tuning=full.")
     try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e: raise UserError(f"{key} = {source}: cannot be loaded ({str(e).strip().splitlines()[0]})") from None
+    except MemoryError: raise
+    # A config.json that does not fit ends in a KeyError, a ZeroDivisionError or whatever a family's code meets first
+    except Exception as e: raise UserError(f"{key} = {source}: cannot be loaded ({_why_not_loaded(e)})") from None
     if gone := sorted(info['missing_keys']): raise UserError(f"{key} = {source}: its files do not hold the tensor {gone[0]}{f' and {len(gone)-1} others' if gone[1:] else ''}. A half-finished download, or a config.json of another model?")
     return model
 

@@ -170,5 +170,12 @@ def test_what_cannot_be_judged(policy):
     (here/'cut.pt').write_bytes(policy.read_bytes()[:5000])
     assert 'cannot be read: truncated' in refused('cut.pt')
     assert 'needs at least 5 samples' in refused(str(policy), '--k', '5', '--samples', '2')
+    from transformers import AutoTokenizer
+    from weighted_mtp.synthetic import make_micro_model
+    tokenizer = AutoTokenizer.from_pretrained(here/'storage/datasets/synthetic/tokenizer')
+    make_micro_model(here/'half', tokenizer, hidden_size=32, n_layers=1, n_heads=2)
+    config = json.loads((here/'half/config.json').read_text())
+    (here/'half/config.json').write_text(json.dumps(config | dict(num_hidden_layers=2))) # a layer that no file holds
+    assert 'do not hold the tensor model.layers.1.' in refused('half')
     assert 'seed = -5' in refused(str(policy), '--seed', '-5')
     assert '--limit has no meaning for references' in refused('references', '--limit', '2')

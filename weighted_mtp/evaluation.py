@@ -23,7 +23,7 @@ from .data import format_prompt, read_solutions, stored_tokenizer, vocabulary_id
 from .errors import error_metrics, error_summary, errors_in_words
 from .generation import NoRoom, generate
 from .jsonl import check_file, read_jsonl
-from .models import load_policy, read_checkpoint
+from .models import load_backbone, load_policy, read_checkpoint
 from .sandbox import Result, check_packages, judge_many, protections
 from .training import is_main, print_metrics, record_dir, tracked_run
 
@@ -306,13 +306,11 @@ def load_judged(
     tokenizer=None, # Folder or hub name (default: the checkpoint's own)
 ): # (model, tokenizer), on the GPU where there is one
     "What is to be judged. Raises `UserError` in words."
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     path, own = Path(path), tokenizer
     if not path.exists(): raise UserError(f"Checkpoint {path} not found.")
     if path.is_dir():
-        try: model, own = AutoModelForCausalLM.from_pretrained(path, dtype='auto'), own or path
-        except (OSError, ValueError, SafetensorError) as e: raise UserError(f"{path} holds no model that transformers can load ({str(e).splitlines()[0][:200]})") from None
+        model, own = load_backbone(path, 'auto', 'checkpoint'), own or path
     else:
         model, facts = load_policy(path), read_checkpoint(path)
         if not own: own = stored_tokenizer(facts['tokenizer']) if 'tokenizer' in facts else None

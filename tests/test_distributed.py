@@ -117,12 +117,14 @@ def launched(root): # every pipeline through the launch notebook, on two process
                      'checkpoint.save_checkpoint_every=0.5', 'critic.lm_first=0.3', 'critic.blind_yardstick=false']
         return dict(pipeline=pipeline, ngpus=ngpus, target='local', name=name, overrides=' '.join(overrides))
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
-    return in_one_kernel(root, 'runs/all.ipynb', [request(p, n) for n in [2] + [1]*ALL for p in PIPELINES], ['--log-output'], env)
+    requests = [request(p, n) for n in [2] + [1]*ALL for p in PIPELINES]
+    return in_one_kernel(root, 'runs/all.ipynb', requests, ['--log-output'], env)
 
 @pytest.mark.parametrize('ngpus', [2] + [1]*ALL)
 @pytest.mark.parametrize('pipeline', PIPELINES)
 def test_every_pipeline_through_the_launch_notebook(root, launched, pipeline, ngpus):
-    """Checkpoint, MLflow run, record, and a validation loss that falls (the critic's next-token part: the pairwise one needs more than 26 steps).
+    """Checkpoint, MLflow run, record, and a validation loss that falls (the critic's next-token part: the pairwise one
+    needs more than 26 steps).
     On two processes, over the end of an epoch: 300 solutions make 12.5 steps of 24, 290 pairs some 12.
     (With one process: WMTP_ALL=1; without, tests/test_training.py has most of it.)"""
     import mlflow

@@ -14,9 +14,10 @@ def environment(**more): return {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM
 
 def python(folder, code, *words, wait=True, **env):
     words = [sys.executable, *code, *words]
-    if not wait: return warm.Process(words, folder, environment(**env))
-    if '--standalone' in words: done = subprocess.run(words, cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=600)
-    else: done = warm.run(words, folder, environment(**env), timeout=600)
+    env = environment(**env)
+    if not wait: return warm.Process(words, folder, env)
+    if '--standalone' not in words: done = warm.run(words, folder, env, timeout=600)
+    else: done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

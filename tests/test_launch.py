@@ -74,20 +74,23 @@ def papermill(project, out, *parameters, notebook='nbs/launch.ipynb', options=()
     words = [w for p in parameters for w in ('-p', *p.split('=', 1))]
     return shell(project, 'papermill', notebook, out, '--no-progress-bar', *options, *words)
 def in_one_kernel(project, out, requests, options=(), env=None):
-    """papermill reads each request's words and fills in its parameters; then all cells run in one kernel, since starting many takes longer than the rest."""
+    """papermill reads each request's words and fills in its parameters; then all cells run in one kernel, since
+    starting many takes longer than the rest."""
     import nbformat
     from click.testing import CliRunner
     from papermill.cli import papermill as command
     cells = []
     for r in requests:
         words = [w for k, v in r.items() for w in ('-p', k, str(v))]
-        done = CliRunner().invoke(command, [str(project/'nbs/launch.ipynb'), str(project/'one.ipynb'), '--prepare-only', *words])
+        files = [str(project/'nbs/launch.ipynb'), str(project/'one.ipynb')]
+        done = CliRunner().invoke(command, [*files, '--prepare-only', *words])
         assert done.exit_code == 0, done.output
         filled = [c for c in nbformat.read(project/'one.ipynb', 4).cells if c.cell_type == 'code']
         cells += [nbformat.v4.new_code_cell(c.source) for c in filled] # without tags: no parameter is left to give
     nbformat.write(nbformat.v4.new_notebook(cells=cells), project/'one.ipynb')
     words = [BIN/'papermill', 'one.ipynb', out, '-k', 'python3', '--no-progress-bar', *options]
-    return subprocess.run(words, cwd=project, env=env or environment(project), capture_output=True, text=True, timeout=600)
+    env = env or environment(project)
+    return subprocess.run(words, cwd=project, env=env, capture_output=True, text=True, timeout=600)
 def record(project, name): return json.loads((project/'runs'/name/'record.json').read_text())
 def records(project): return {p.name for p in (project/'runs').iterdir() if p.is_dir()}
 def until(done, seconds=30):

@@ -62,7 +62,8 @@ def weights(folder, name='checkpoint_final.pt'): return torch.load(folder/name, 
 
 @pytest.mark.parametrize('pipeline, overrides', [('verifiable', ['model.backbone=micro-dropout', 'training.max_steps=200'])])
 def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrides):
-    to_the_end(root, command(pipeline, tmp_path/'whole', *overrides), tmp_path/'a', of=1) # with another hash seed than those that are killed
+    # With another hash seed than those that are killed
+    to_the_end(root, command(pipeline, tmp_path/'whole', *overrides), tmp_path/'a', of=1)
     whole = weights(tmp_path/'whole')
     rng, words, resumed, codes = random.Random(os.urandom(8)), command(pipeline, tmp_path/'cut', *overrides), 0, []
     for i in range(KILLS):

@@ -30,7 +30,8 @@ def wmtp(project, name, *overrides): # the command, on the small data set
 def train(project, *overrides): # the pipeline itself, without a launch
     words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
     env = {**os.environ, 'HOME': str(project/'home'), 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}"}
-    return warm.run([sys.executable, '-m', 'weighted_mtp.pipelines.run_critic', '--config', 'configs/critic/critic_micro.yaml', *words], project, env)
+    pipeline = ['weighted_mtp.pipelines.run_critic', '--config', 'configs/critic/critic_micro.yaml']
+    return warm.run([sys.executable, '-m', *pipeline, *words], project, env)
 
 def read(project, name, file='record.json'): return json.loads((project/'runs'/name/file).read_text())
 
@@ -78,7 +79,9 @@ def test_papermill_of_the_record_repeats_bit_for_bit(project, first):
 
 DATA = dict(instruction='Return one.', input='', output='return 1', problem_id='p', is_correct=True, difficulty=3, source='demo')
 
-def no_data(what): return ['dataset.embedded=false', f'dataset.train={what}.jsonl', 'model.tokenizer=storage/datasets/synthetic/tokenizer']
+def no_data(what):
+    tokenizer = 'model.tokenizer=storage/datasets/synthetic/tokenizer'
+    return ['dataset.embedded=false', f'dataset.train={what}.jsonl', tokenizer]
 
 def test_bad_data(project, first):
     (project/'broken.jsonl').write_text('\n'.join([json.dumps(DATA), '{"instruction":']))

@@ -517,7 +517,9 @@ def test_site(tmp_path):
         assert changed('price_per_gpu_hour', value).price_per_gpu_hour == right
     for value in ('inf', 'nan', '-1', 'two', '1,5', '2 EUR'):
         assert 's.ini: price_per_gpu_hour = ' in told(changed, 'price_per_gpu_hour', value)
-    for field in ('cluster', 'image', 'git_url', 'organization', 'workdir', 'preset_2gpu', 'secrets'):
+    for value in ('a b', 'a # b', '- a', '{{x}}: y'): assert changed('image', value).image == value # test_vessl sends them
+    for value in ('a\n   b', 'a\tb'): assert 's.ini: image = ' in told(changed, 'image', value)
+    for field in ('cluster', 'git_url', 'organization', 'workdir', 'preset_2gpu', 'secrets'):
         for value in ('/a b', '/a\n   b', '/a # b', '/a\tb'): assert f's.ini: {field} = ' in told(changed, field, value)
     for field in ('mlflow_uri', 'git_url'):
         message = told(changed, field, 'https://me:geheim@host/x')
@@ -731,7 +733,7 @@ def test_settings_never_show_a_line_nor_hold_a_secret(here):
                          ('volume_root', '/mnt/x'), ('volume_root', 'volume://'),
                          ('volume_root', 'volume://me:geheim@x'),
                          ('git_url', 'notaurl'),
-                         ('git_url', 'https://host'), ('git_ref', '--upload-pack=x'), ('image', '-x'),
+                         ('git_url', 'https://host'), ('git_ref', '--upload-pack=x'),
                          ('cluster', '-x')):
         message = told(site, with_field(good, field, value))
         assert f's.ini: {field} = ' in message and 'geheim' not in message, message

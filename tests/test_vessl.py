@@ -55,8 +55,10 @@ def test_guide_examples_through_four_doors(here):
     requests = [r for r, _, _ in GUIDE]
     words = [[*as_command(r), '--dry-run', '--name', f'guide-{i}-command'] for i, r in enumerate(requests)]
     (here/'home/commands.py').write_text(COMMANDS)
-    told = [shell(here, sys.executable, 'home/commands.py', json.dumps(words), timeout=200)] # one interpreter: other tests start the command itself
-    told.append(in_one_kernel(here, 'runs/guide.ipynb', [dict(r, dry_run=True, name=f'guide-{i}-papermill') for i, r in enumerate(requests)]))
+    # One interpreter: other tests start the command itself
+    told = [shell(here, sys.executable, 'home/commands.py', json.dumps(words), timeout=200)]
+    planned = [dict(r, dry_run=True, name=f'guide-{i}-papermill') for i, r in enumerate(requests)]
+    told.append(in_one_kernel(here, 'runs/guide.ipynb', planned))
     assert not [t.stderr for t in told if t.returncode]
     for i, (r, line, effective) in enumerate(GUIDE):
         launch(**r, dry_run=True, name=f'guide-{i}-cell')

@@ -1,7 +1,9 @@
-"""Python processes that start in a moment: forked from one that has already imported what a training process imports, which takes longer than these tests train.
+"""Python processes that start in a moment: forked from one that has already imported what a training process imports,
+which takes longer than these tests train.
 
-They are processes of their own in every other way: with a folder, an environment, files and a process number, they can be killed, and end by their own exit code. What they share with each other
-is the interpreter's hash seed: `of=1` asks a second interpreter, with another one. Where the start itself is tested, tests start `sys.executable`.
+They are processes of their own in every other way: with a folder, an environment, files and a process number, they can
+be killed, and end by their own exit code. What they share is the interpreter's hash seed: `of=1` asks a second
+interpreter, with another one. Where the start itself is tested, tests start `sys.executable`.
 """
 import atexit, ctypes, json, os, runpy, signal, socket, struct, subprocess, sys, tempfile, threading, time
 from functools import lru_cache
@@ -46,7 +48,8 @@ def _work(words, cwd, env): # as `python WORDS` would
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if words[0] == '-m':
         sys.argv, sys.path[0] = words[1:], cwd
         return runpy.run_module(words[1], run_name='__main__', alter_sys=True)
@@ -71,7 +74,7 @@ def _interpreter(number): # its socket
     return path
 
 class Process:
-    "A Python program under way, with the part of `subprocess.Popen` that these tests use; what it prints is kept until it ends."
+    "A Python program under way: the part of `subprocess.Popen` that tests use. What it prints is kept until it ends."
     def __init__(self, words, cwd, env, of=0):
         assert words[0] == sys.executable
         self.args, self.returncode = words, None
@@ -113,7 +116,8 @@ def run(words, cwd, env, timeout=300): # as `subprocess.run` with `capture_outpu
 if __name__ == '__main__':
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0) # ends with the tests
     if os.getppid() != int(sys.argv[2]): sys.exit()
-    import weighted_mtp.critic, weighted_mtp.evaluation, weighted_mtp.policies, weighted_mtp.remote, weighted_mtp.synthetic # noqa: E401, F401
+    import weighted_mtp.critic, weighted_mtp.evaluation, weighted_mtp.policies # noqa: E401, F401
+    import weighted_mtp.remote, weighted_mtp.synthetic # noqa: E401, F401
     import mlflow.tracking # noqa: F401 (imported only when it is needed)
     assert threading.active_count() == 1, 'a thread does not survive a fork'
     _work(**_wait_for_work(sys.argv[1]))

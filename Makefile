@@ -10,7 +10,7 @@ install: .venv/.installed ## Set up .venv (pip, with constraints.txt)
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' # Python compiles what it imports
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: .venv/.installed ## Train a critic on the embedded default: papermill runs nbs/launch.ipynb
@@ -21,7 +21,7 @@ lab: .venv/.installed ## Open JupyterLab on the launch form
 
 test: .venv/.installed ## Everything CI runs: packages, notebooks, pytest (which also checks the export)
 	$(BIN)/python -m pip check
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) nbdev-test --n-workers 3 --timing
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) nbdev-test --n-workers 2 --timing
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 # A thread each: threads that wait by spinning slow a busy machine down tenfold. Three at a time: many tests wait for others

@@ -289,7 +289,8 @@ def setting(
     filled=False, # Text that cannot be left empty where its key is written; '' in quotes is the default
 ):
     "A field of the schema, with what its type cannot say."
-    known = dict(within=within and interval(within), also=tuple(also), choices=tuple(choices), kind=kind, lines=lines, filled=filled)
+    known = dict(within=within and interval(within), also=tuple(also), choices=tuple(choices), kind=kind, lines=lines,
+                 filled=filled)
     if isinstance(default, list): return field(default_factory=lambda: copy.deepcopy(default), metadata=known)
     return field(default=default, metadata=known)
 

@@ -202,7 +202,9 @@ def evaluate(
         if not fine: raise UserError(f"{what} = {x} is not possible: it has to be {allowed}.")
     how = dict(temperature=(0. if samples == 1 else .8) if temperature is None else temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=list(stop), self_speculative=self_speculative)
     # `answers`: the way code is found in them, so that results of two ways are not mixed
-    settings = dict(benchmark=name, answers=2, problems=hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12], of=of, tokenizer=vocabulary_id(tokenizer), samples=samples, seed=seed, **how)
+    digest = hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12]
+    settings = dict(benchmark=name, answers=2, problems=digest, of=of, tokenizer=vocabulary_id(tokenizer),
+                    samples=samples, seed=seed, **how)
     packages = check_packages(packages)
     if packages: settings['packages'] = sorted(packages) # no key without any: rows of before the setting are kept
     try: folder and Path(folder).mkdir(parents=True, exist_ok=True)

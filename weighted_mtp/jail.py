@@ -131,7 +131,8 @@ def import_packages(names, folders): # -> bytes of address space that they take
     try:
         for name in names:
             try: _packages[name] = __import__(name)
-            except Exception as e: raise NoPackage(f"Package '{name}' cannot be imported: {type(e).__name__}: {e}.") from None
+            except Exception as e:
+                raise NoPackage(f"Package '{name}' cannot be imported: {type(e).__name__}: {e}.") from None
     finally: sys.dont_write_bytecode = written
     return _address_space() - before
 
@@ -489,7 +490,8 @@ class Player:
             if len(self.said) > 1 << 26: raise self.stop('output', 'an answer of more than 64 MB', 'OutputLimit')
         if self.channel in ready:
             word = self.channel.recv(16)
-            self.code = struct.unpack('i', word)[0] if word else -9 # the init process is gone: a program may lower its limits
+            # Without a word the init process is gone: a program may lower its limits
+            self.code = struct.unpack('i', word)[0] if word else -9
             self._drain()
 
     def _take(self, fd):

@@ -129,7 +129,8 @@ class Worker:
             while not (said := self._line(deadline)).get('status') or 'token' in said: pass
         except (TimeoutError, WorkerGone) as e: raise _broken(dict(message=str(e) or 'no answer')) from None
         if said['status'] == 'no walls': raise NoWalls(said['message'])
-        if said['status'] == 'no package': raise UserError(f"{said['message']} Take it out of the packages, or mend it.")
+        if said['status'] == 'no package':
+            raise UserError(f"{said['message']} Take it out of the packages, or mend it.")
         if said['status'] == 'broken': raise _broken(said)
         self.walls = said['walls']
 

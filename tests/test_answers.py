@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from weighted_mtp.answers import find_code, whole_program
-from weighted_mtp.sandbox import judge_many
+from weighted_mtp.sandbox import run_tests_batch
 
 REPO = Path(__file__).parents[1]
 CASES = REPO.parent/'shared/cases/answer_forms.json'
@@ -244,7 +244,7 @@ FORMS = [ # what, tests, answer, whether it is right
 def results(programs): # each of them run once, however many blank lines it ends with
     keys = [json.dumps((program.rstrip(), tests)) for program, tests in programs]
     once = dict(zip(keys, programs))
-    said = dict(zip(once, judge_many(once.values())))
+    said = dict(zip(once, run_tests_batch(once.values())))
     return [said[k].status for k in keys]
 
 def program(answer, tests): return whole_program(find_code(answer, tests)[0], tests), tests

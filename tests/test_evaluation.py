@@ -64,12 +64,12 @@ def test_evaluation_counts_findings(tmp_path, monkeypatch):
     """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
     from weighted_mtp import answers as module, evaluation
     from weighted_mtp.generation import Generation
-    from weighted_mtp.sandbox import judge_many
+    from weighted_mtp.sandbox import run_tests_batch
     answers, find, searched = [GOOD, fence(GOOD), f'{GOOD}\nassert add(1, 1) == 3\n', fence(BAD)], module._find, []
     monkeypatch.setattr(module, '_find', lambda text, tests: searched.append(text) or find(text, tests))
     runs, tokenizer = [], SimpleNamespace(get_vocab=dict)
     made = [Generation(text, [1], 'eos', 1) for text in answers]
-    monkeypatch.setattr(evaluation, 'judge_many', lambda jobs, **kw: runs.extend(jobs) or judge_many(jobs, **kw))
+    monkeypatch.setattr(evaluation, 'run_tests_batch', lambda jobs, **kw: runs.extend(jobs) or run_tests_batch(jobs, **kw))
     monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
     number = dict(kind='answer', answer='12')
     problems = [dict(problem_id=i, instruction='Add.', tests=tests) for i, tests in (('a', ASSERTS), ('b', number))]

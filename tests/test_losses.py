@@ -280,11 +280,11 @@ def test_two_ranks_are_one_batch(tmp_path):
 
 
 def test_benchmarks_page(tmp_path):
-    "nbs/benchmarks.ipynb, whose kept outputs come from a full run, executes from top to bottom at a small size."
+    "nbs/studies/benchmarks.ipynb, whose kept outputs come from a full run, executes from top to bottom at a small size."
     small = dict(seconds=.01, tokens=64, dim=32, vocab=500, rounds=1, problems=40, batch=4, step_rounds=1, micro_steps=1, wide_steps=1, plain_steps=2, wide_vocab=1500, peak_dim=64, peak_steps=1, peak_size=256,
                  solutions=600, index_problems=50, index_solutions=3000, n_pairs=300, padding_samples=100, made_problems=60, programs=6, prompts=2, generate_rounds=1,
                  policy_steps=5, policy_overrides=['dataset.n_problems=60', 'training.cpu_threads=1', 'data_sampling.n_validation=20'])
     shutil.copytree(REPO/'configs', tmp_path/'configs'); shutil.copy(REPO/'settings.ini', tmp_path); (tmp_path/'runs').mkdir() # what it trains stays here
-    done = subprocess.run([BIN/'papermill', REPO/'nbs/benchmarks.ipynb', tmp_path/'out.ipynb', '--no-progress-bar', '-y', json.dumps(small)], capture_output=True, text=True, cwd=tmp_path,
+    done = subprocess.run([BIN/'papermill', REPO/'nbs/studies/benchmarks.ipynb', tmp_path/'out.ipynb', '--no-progress-bar', '-y', json.dumps(small)], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, 'PATH': f"{BIN}:{os.environ['PATH']}"}, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

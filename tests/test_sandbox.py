@@ -7,7 +7,7 @@ import psutil, pytest
 
 from weighted_mtp import sandbox
 from weighted_mtp.config import UserError
-from weighted_mtp.sandbox import judge, judge_many, protections, run_program
+from weighted_mtp.sandbox import run_tests, run_tests_batch, protections, run_program
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared/data'
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f'{SHARED} is not there')
@@ -272,7 +272,7 @@ def test_hostile_programs(walls, own_worker):
     worker, = own_worker()
     for name, (program, tests, right) in HOSTILE.items():
         if own_worker() != [worker]: wrong[name] = 'another worker'; worker, = own_worker()
-        r = judge(program, tests, timeout=.4 if 'timeout' in right else 1, memory_mb=256, walls=walls)
+        r = run_tests(program, tests, timeout=.4 if 'timeout' in right else 1, memory_mb=256, walls=walls)
         if r.status not in right: wrong[name] = r
         if r.walls != walls and r.walls: wrong[name] = 'walls'
         if (found := probe(walls)) != first: wrong[name] = differences(first, found)
@@ -321,9 +321,9 @@ def test_a_program_that_ends_its_worker_each_time(own_worker, monkeypatch):
 def test_a_test_that_does_not_end(own_worker, monkeypatch):
     usual = sandbox._limits
     monkeypatch.setattr(sandbox, '_limits', lambda *a: dict(usual(*a), test_seconds=.1))
-    r = judge(GOOD, dict(kind='asserts', tests=['while True: pass']), timeout=.2)
+    r = run_tests(GOOD, dict(kind='asserts', tests=['while True: pass']), timeout=.2)
     assert (r.status, r.error, r.message) == ('timeout', 'TimeoutError', 'a test did not end')
-    assert judge(GOOD, ADD).passed and len(own_worker()) == 1
+    assert run_tests(GOOD, ADD).passed and len(own_worker()) == 1
 
 def test_a_forked_process_has_workers_of_its_own(own_worker):
     assert run_program('print(1)').passed
@@ -360,7 +360,7 @@ def test_workers_end_with_a_parent_that_is_killed(own_worker):
 def test_no_test_is_in_the_memory_that_programs_are_forked_from(own_worker):
     secret = 'never to be' + ' seen'
     tests = dict(kind='asserts', tests=[f'assert add("{secret}", "") == "{secret}"'])
-    assert all(judge(GOOD, tests).passed for _ in range(3))
+    assert all(run_tests(GOOD, tests).passed for _ in range(3))
     def has(process):
         with open(f'/proc/{process.pid}/maps') as f: ranges = [l.split()[0].split('-') for l in f if ' rw' in l]
         with open(f'/proc/{process.pid}/mem', 'rb', 0) as f:
@@ -380,7 +380,7 @@ RIGHT = { # right programs that are not as simple as they could be, with tests
 
 @pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
 def test_right_programs(walls):
-    found = {name: judge(program, dict(kind='asserts', tests=tests) if isinstance(tests, list) else tests, walls=walls) for name, (program, tests) in RIGHT.items()}
+    found = {name: run_tests(program, dict(kind='asserts', tests=tests) if isinstance(tests, list) else tests, walls=walls) for name, (program, tests) in RIGHT.items()}
     assert not {k: r for k, r in found.items() if not r.passed}
 
 ASSERTS = dict(kind='asserts', tests=['assert f(1) == 1', 'assert f(2) == 2, "two"', 'assert f(3) == 3'])
@@ -512,7 +512,7 @@ def test_words_of_a_program(walls):
     """What a program says, and what became of it, arrives; nothing of the worker's is in it."""
     wrong = []
     for program, tests, right in WORDS:
-        r = judge(program, tests or dict(kind='script', stdin=''), timeout=1, memory_mb=256, walls=walls)
+        r = run_tests(program, tests or dict(kind='script', stdin=''), timeout=1, memory_mb=256, walls=walls)
         for key, value in right.items():
             has = getattr(r, key.removesuffix('_has')) if key != 'lacks' else r.stderr
             good = value in has if key.endswith('_has') else value not in has if key == 'lacks' else has == value
@@ -549,8 +549,8 @@ def test_packages(walls):
     for other in ('torch', 'numpy.nothing', 'pytest'):
         assert run(f'import {other}').message == f"ModuleNotFoundError: No module named '{other}'"
     for tests in (ARRAYS, dict(kind='asserts', tests=['assert np.allclose(first(2), [0, 1])'])):
-        assert judge(WITH_NUMPY, tests, packages=['numpy'], walls=walls).passed
-        assert not judge(FORGED_NUMPY, tests, packages=['numpy'], walls=walls).passed
+        assert run_tests(WITH_NUMPY, tests, packages=['numpy'], walls=walls).passed
+        assert not run_tests(FORGED_NUMPY, tests, packages=['numpy'], walls=walls).passed
     drawn = [run_program('import numpy\nprint(numpy.random.rand())', walls=walls, packages=['pandas']) for _ in range(2)]
     assert drawn[0].passed and drawn[0].stdout != drawn[1].stdout # pandas imports numpy.random
     run('import numpy as np\nnp.sum = np.pi = None\nnp.seterr(all="raise")')
@@ -561,7 +561,7 @@ def test_packages_that_are_not_there():
              'a list of names': ('numpy', [3])}
     for why, packages in ((why, p) for why, many in wrong.items() for p in many):
         with pytest.raises(UserError, match=why): sandbox.check_packages(packages)
-        with pytest.raises(UserError, match=why): judge_many([('', ADD)], packages=packages)
+        with pytest.raises(UserError, match=why): run_tests_batch([('', ADD)], packages=packages)
         with pytest.raises(UserError, match=why): run_program('', packages=packages)
     assert sandbox.check_packages(()) == () and sandbox.check_packages(['json']) == ('json',)
 
@@ -570,15 +570,15 @@ BAD_ARGUMENTS = [
     (lambda: run_program('', stdin=None), "tests of kind script: stdin = 'None' has to be text"),
     *((lambda t=t: run_program('', timeout=t), f'timeout = {t!r}') for t in (0, -1, float('inf'), float('nan'), '3')),
     *((lambda m=m: run_program('', memory_mb=m), f'memory_mb = {m!r}') for m in (0, -5, 1.5, None)),
-    (lambda: run_program('', packages=None), 'packages = None'), (lambda: judge('', None), 'no known kind'),
-    (lambda: judge('', {}), 'no known kind'), (lambda: judge('', dict(kind='assert')), 'no known kind'),
-    (lambda: judge('', dict(kind='asserts')), 'asserts: tests = '),
-    (lambda: judge('', dict(kind='asserts', tests=[])), 'one or more statements'),
-    (lambda: judge('', dict(kind='asserts', tests='assert 1')), 'one or more statements'),
-    (lambda: judge('', dict(ADD, setup=5)), 'setup = '),
-    (lambda: judge('', dict(kind='stdio', tests=[['1']])), 'pairs of input and output'),
-    (lambda: judge('', dict(kind='humaneval', test='')), 'entry_point'),
-    (lambda: judge_many([], workers=-1), 'workers = -1')]
+    (lambda: run_program('', packages=None), 'packages = None'), (lambda: run_tests('', None), 'no known kind'),
+    (lambda: run_tests('', {}), 'no known kind'), (lambda: run_tests('', dict(kind='assert')), 'no known kind'),
+    (lambda: run_tests('', dict(kind='asserts')), 'asserts: tests = '),
+    (lambda: run_tests('', dict(kind='asserts', tests=[])), 'one or more statements'),
+    (lambda: run_tests('', dict(kind='asserts', tests='assert 1')), 'one or more statements'),
+    (lambda: run_tests('', dict(ADD, setup=5)), 'setup = '),
+    (lambda: run_tests('', dict(kind='stdio', tests=[['1']])), 'pairs of input and output'),
+    (lambda: run_tests('', dict(kind='humaneval', test='')), 'entry_point'),
+    (lambda: run_tests_batch([], workers=-1), 'workers = -1')]
 
 def test_arguments_that_cannot_be():
     "None of them reaches a worker, and none passes."
@@ -605,13 +605,13 @@ def test_walls():
 def test_same_verdicts_in_a_crowd():
     """Hostile ones beside good ones: results in order, none disturbed."""
     jobs = [(p, t) for p, t, _ in list(HOSTILE.values())[:30]]*2 + [(GOOD, ADD)]*20
-    found = judge_many(jobs, workers=8, timeout=5)
+    found = run_tests_batch(jobs, workers=8, timeout=5)
     assert [r.status for r in found[-20:]] == ['passed']*20
     for r, (_, _, right) in zip(found, list(HOSTILE.values())[:30]*2): assert r.status in right, r
 
 def test_many_trivial_programs():
     start = time.time()
-    assert all(r.passed for r in judge_many([(GOOD_IO, dict(kind='stdio', tests=[['1 2', '3']]))]*100))
+    assert all(r.passed for r in run_tests_batch([(GOOD_IO, dict(kind='stdio', tests=[['1 2', '3']]))]*100))
     print(f'100 programs in {time.time()-start:.1f} s')
 
 @real_data
@@ -621,8 +621,8 @@ def test_reference_solutions_of_mbpp():
     if 'WMTP_ALL' not in os.environ: rows = rows[::10]
     jobs = [(r['code'].replace('\r\n', '\n'), dict(kind='asserts', tests=[r['test_setup_code'].replace('\r\n', '\n'), *r['test_list'], *r['challenge_test_list']])) for r in rows]
     start = time.time()
-    found = judge_many(jobs)
+    found = run_tests_batch(jobs)
     wrong = [(r['task_id'], f) for r, f in zip(rows, found) if not f.passed]
     assert not wrong, wrong
     print(f'{len(rows)} in {time.time()-start:.1f} s')
-    assert not any(f.passed for f in judge_many([('', t) for _, t in jobs]))
+    assert not any(f.passed for f in run_tests_batch([('', t) for _, t in jobs]))

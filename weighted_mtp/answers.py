@@ -11,23 +11,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import dedent, indent
 
-from .answer_text import (Block, is_code, parse, parses, places, read_lines, without_end_marks,
+from .answer_text import (Block, candidate_blocks, is_code, parse, parses, read_lines, without_end_marks,
                                       without_reasoning)
 
 # %% ../nbs/evaluation/07_answers.ipynb #e14f90dd
 @dataclass
-class _Names:
+class _ModuleNames:
     "What a statement binds, what it reads at once (`early`), and what it reads, or assigns by `global`, at any time."
     binds: set = field(default_factory=set)
     early: set = field(default_factory=set)
     reads: set = field(default_factory=set)
 
-_AT_ONCE = ('listcomp', 'genexpr', 'setcomp', 'dictcomp') # scopes that are entered where they stand
+_COMPREHENSIONS = ('listcomp', 'genexpr', 'setcomp', 'dictcomp') # scopes that are evaluated where they stand
 
-def _names(source):
-    out = _Names()
+def _module_names(source):
+    out = _ModuleNames()
     try: todo = [(symtable.symtable(source, 'answer', 'exec'), True)]
-    except (SyntaxError, ValueError, RecursionError, MemoryError): return out # of what parses, too
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return out # also of text that parses
     while todo:
         table, early = todo.pop()
         module = table.get_type() == 'module'
@@ -36,16 +36,18 @@ def _names(source):
             if s.is_referenced() if module else s.is_global():
                 out.reads.add(s.get_name())
                 if early: out.early.add(s.get_name())
-        todo += [(t, early and (t.get_type() == 'class' or t.get_name() in _AT_ONCE)) for t in table.get_children()]
+        for t in table.get_children():
+            at_once = t.get_type() == 'class' or t.get_name() in _COMPREHENSIONS
+            todo.append((t, early and at_once))
     return out
 
 # %% ../nbs/evaluation/07_answers.ipynb #65934baf
 _BUILTINS = frozenset(dir(builtins)) | {'__name__', '__file__', '__doc__'}
 _EFFECTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-_SETTING = re.compile(r'set|seed$|\w*filter') # sys.setrecursionlimit, random.seed, warnings.filterwarnings
+_SETTER = re.compile(r'set|seed$|\w*filter') # sys.setrecursionlimit, random.seed, warnings.filterwarnings
 
-def _is_stub(node): # a function that is only announced: `pass`, `...`, a docstring, an error
+def _is_stub(node): # a function without a body: `pass`, `...`, a docstring, an error
     def empty(s):
         value = getattr(s, 'value', None)
         constant = isinstance(value, ast.Constant) and (isinstance(s, ast.Expr) or value.value is ...)
@@ -63,21 +65,21 @@ class _Statement:
     @property
     def source(self): return '\n'.join(self.lines[self.start-1:self.end])
     @cached_property
-    def names(self): return _names(self.source)
+    def names(self): return _module_names(self.source)
     @cached_property
     def needs(self): return self.names.reads - self.names.binds
     @cached_property
     def defines(self): return all(isinstance(n, _DEFINITIONS) for n in self.nodes)
     @property
-    def announces(self): return all(_is_stub(n) or isinstance(n, (ast.Import, ast.ImportFrom)) for n in self.nodes)
+    def is_stub(self): return all(_is_stub(n) or isinstance(n, (ast.Import, ast.ImportFrom)) for n in self.nodes)
     @property
     def asserts(self): return any(isinstance(n, ast.Assert) for n in self.nodes)
 
     @property
-    def is_main(self): # guarded by __name__, which no test enters
+    def is_main(self): # below `if __name__ == ...`, which no test runs
         return all(isinstance(n, ast.If) and '__name__' in ast.dump(n.test) for n in self.nodes)
 
-    def is_prose(self, known): # a word, `- item(s)` or `Note: text`, of names that there are not
+    def is_prose(self, known): # a word, `- item(s)` or `Note: text`, of unknown names
         def unused(n):
             if isinstance(n, ast.AnnAssign): return n.value is None
             return isinstance(n, ast.Expr) and not isinstance(n.value, _EFFECTS)
@@ -86,7 +88,7 @@ class _Statement:
     def is_harmless(self, known): # a definition, a constant, or a setting for what comes after
         def simple(n):
             if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call):
-                return bool(_SETTING.match(getattr(n.value.func, 'attr', '')))
+                return bool(_SETTER.match(getattr(n.value.func, 'attr', '')))
             plain = isinstance(n, (ast.Pass, ast.Assign, ast.AnnAssign, ast.Expr))
             return plain and not any(isinstance(x, _EFFECTS) for x in ast.walk(n))
         return self.names.early <= known and (self.defines or all(map(simple, self.nodes)))
@@ -111,23 +113,24 @@ class _Part:
     def text(self): return '\n'.join(self.lines)
     @cached_property
     def binds(self): return {n for s in self.statements for n in s.names.binds}
-    def defines(self, asked): return any(s.names.binds & asked and not s.announces for s in self.statements)
+    def defines(self, asked): return any(s.names.binds & asked and not s.is_stub for s in self.statements)
 
 def _parts(blocks): return [_Part(b, *found) for b in blocks if b.text.strip() for found in read_lines(b.lines)]
 
 # %% ../nbs/evaluation/07_answers.ipynb #ecfc9046
-def _asked_for(tests): # names that tests have from the program
+def _required_names(tests): # names that the tests read from the program
     kind = tests.get('kind')
-    read = _names(tests['test'] if kind == 'humaneval' else '\n'.join(tests['tests']) if kind == 'asserts' else '')
-    return read.reads - read.binds | ({tests['entry_point']} if tests.get('entry_point') else set())
+    source = tests['test'] if kind == 'humaneval' else '\n'.join(tests['tests']) if kind == 'asserts' else ''
+    names, entry = _module_names(source), tests.get('entry_point')
+    return names.reads - names.binds | ({entry} if entry else set())
 
-def _by_name(statements): # name -> the statements that bind it
+def _statements_by_name(statements): # name -> the statements that bind it
     out = {}
     for s in statements:
         for n in s.names.binds: out.setdefault(n, []).append(s)
     return out
 
-def _reach(names, makers): # these names, those that their makers read, and so on
+def _reachable_names(names, makers): # these names, those that their makers read, and so on
     todo, seen = [*names], set()
     while todo:
         if (name := todo.pop()) in seen: continue
@@ -135,132 +138,134 @@ def _reach(names, makers): # these names, those that their makers read, and so o
         for s in makers.get(name, ()): todo += s.needs
     return seen
 
-def _needed(statements, asked, known): # those of the statements without which names that are asked for lack something
+def _needed_statements(statements, asked, known): # those that bind or fill what is asked for, directly or not
     statements = [s for s in statements if not s.asserts]
-    makers = _by_name(statements)
+    makers = _statements_by_name(statements)
     functions = {n: made for n, made in makers.items() if all(s.defines for s in made)}
     examples = asked & makers.keys() | {'input'}
-    reached = {s: _reach(s.names.reads, functions) for s in statements if not s.defines}
+    reached = {s: _reachable_names(s.names.reads, functions) for s in statements if not s.defines}
     reached = {s: names for s, names in reached.items() if not names & examples}
-    needed, before = _reach(asked, makers), None
+    needed, before = _reachable_names(asked, makers), None
     while needed != before:
         variables, before = needed - functions.keys() - known, needed
         fillers = {s for s, names in reached.items() if names & variables}
-        needed = needed | _reach({n for s in fillers for n in s.needs}, makers)
+        needed = needed | _reachable_names({n for s in fillers for n in s.needs}, makers)
     return [s for s in statements if s in fillers or s.names.binds & needed]
 
-def _kept(part, asked, known): # the part's statements that are run
+def _kept_statements(part, asked, known): # the part's statements that are run
     if not asked: return [s for s in part.statements if not s.is_prose(known | part.binds)]
-    needed, out = set(_needed(part.statements, asked, known)), []
-    there = known.union(*(s.names.binds for s in needed))
+    needed, out = set(_needed_statements(part.statements, asked, known)), []
+    available = known.union(*(s.names.binds for s in needed))
     for s in part.statements:
-        if s not in needed and not s.is_main and not s.is_harmless(there): continue
+        if s not in needed and not s.is_main and not s.is_harmless(available): continue
         out.append(s)
-        there = there | s.names.binds
+        available = available | s.names.binds
     return out
 
-def _lent(part, kept, others, asked, known): # statements of other parts, nearest first, that bind what is missing
+def _borrowed_statements(part, kept, others, asked, known): # from other parts: what binds missing names
     out, bound = [], set(part.binds)
     for other in others:
         missing = asked.union(*(s.names.reads for s in [*kept, *out])) - bound - known
         if not missing: break
-        out += _needed([s for s in other.statements if not s.names.binds & bound], missing, known)
+        out += _needed_statements([s for s in other.statements if not s.names.binds & bound], missing, known)
         bound = bound.union(*(s.names.binds for s in out))
     return out
 
 # %% ../nbs/evaluation/07_answers.ipynb #1c9c743f
-def _definition(name): return re.compile(rf'^[ \t]*(async[ \t]+)?(def|class)[ \t]+{re.escape(name)}\b', re.M)
+def _definition_pattern(name): return re.compile(rf'^[ \t]*(async[ \t]+)?(def|class)[ \t]+{re.escape(name)}\b', re.M)
 
 def whole_program(
     code:str, # As `extract_code` gives it
     tests:dict|None=None, # The problem's
 )->str:
-    "What is run: of HumanEval's functions the prompt is the beginning, unless the whole function is there again."
+    "The program to run: for HumanEval the prompt comes first, unless the code repeats the function."
     if not tests or tests['kind'] != 'humaneval': return code
-    prompt, definition = tests['prompt'], _definition(tests['entry_point'])
+    prompt, definition = tests['prompt'], _definition_pattern(tests['entry_point'])
     is_body = re.match(r'\s*\n[ \t]|[ \t]', code) # indented from its first line
     begins, again = definition.search(prompt), definition.search(code) and not is_body
     return prompt[:begins.start()] + '\n' + code if begins and again else prompt + code # before: imports and helpers
 
 # %% ../nbs/evaluation/07_answers.ipynb #134fc08e
-def _with_body(block, head): # blocks of the prompt's function with the block as its body
+def _body_candidates(block, head): # blocks of the prompt's function with the block as its body
     text, margin = block.text, re.search(r'^([ \t]*)\S.*\s*\Z', head, re.M)[1] or '    '
     yield Block((head + text).split('\n'), block.kinds)
-    for body in (margin + text.lstrip(), indent(dedent(text), margin)): # with the indentation that it lost
+    for body in (margin + text.lstrip(), indent(dedent(text), margin)): # with its indentation restored
         yield Block((head + body).split('\n'), (*block.kinds, 'indentation'))
 
-def _body_in(blocks, tests, known=()): # (part, parts, the prompt's function), the longest that lacks no name; or None
-    begins = _definition(tests['entry_point']).search(tests['prompt'])
+def _longest_body(blocks, tests, known=()): # (part, parts, head) of the longest that lacks no name; or None
+    begins = _definition_pattern(tests['entry_point']).search(tests['prompt'])
     head = tests['prompt'][begins.start():] if begins else ''
     blocks = [b for b in blocks if begins and re.search(r'\b(return|yield)\b', b.text)]
-    programs = [_parts([whole]) for b in blocks for whole in _with_body(b, head)]
-    end = lambda parts: parts[0].statements[0].end if parts[0].statements else 0 # 0: there is an error in it
-    lacks = lambda parts: known and parts[0].statements[0].needs - known.union(*(p.binds for p in parts))
+    programs = [_parts([candidate]) for b in blocks for candidate in _body_candidates(b, head)]
+    def end(parts): return parts[0].statements[0].end if parts[0].statements else 0 # 0: it has an error
+    def lacks(parts): return known and parts[0].statements[0].needs - known.union(*(p.binds for p in parts))
     found = [parts for parts in programs if end(parts) > head.count('\n') and not lacks(parts)]
     best = max(found, key=end, default=None)
     return best and (best[0], best, head)
 
 # %% ../nbs/evaluation/07_answers.ipynb #afa10484
 _PRINTS, _READS = re.compile(r'\bprint\b|stdout|os\.write'), re.compile(r'\binput\b|stdin|open\(0|fileinput')
-_BLANKS = {0xfeff: None, 0x200b: None, 0xa0: ' '} # that Python takes for no blanks
-_LONGEST = 1 << 18 # characters that are looked through
+_UNUSUAL_BLANKS = {0xfeff: None, 0x200b: None, 0xa0: ' '} # no blanks to Python
+_MAX_CHARACTERS = 1 << 18 # a longer text is not searched
 
-def _longest_in(blocks): # (part, parts, ''); or None
+def _best_program(blocks): # (part, parts, ''); or None
     parts = _parts(blocks)
     programs = [p for p in parts if not p.why and is_code(p.text)]
-    whole = [p for p in programs if _PRINTS.search(p.text) and _READS.search(p.text)]
-    return (whole[-1] if whole else max(programs, key=lambda p: len(p.text)), parts, '') if programs else None
+    if not programs: return None
+    complete = [p for p in programs if _PRINTS.search(p.text) and _READS.search(p.text)]
+    return (complete[-1] if complete else max(programs, key=lambda p: len(p.text))), parts, ''
 
-def _last_in(blocks, asked, weak=False): # (part, parts, '') with a definition, or (`weak`) an import of it; or None
-    parts = _parts(blocks)
+def _last_definition(blocks, asked, weak=False): # like `_best_program`
+    parts = _parts(blocks) # `weak`: an import or a stub counts, too
     return next(((p, parts, '') for p in reversed(parts) if p.defines(asked) or weak and p.binds & asked), None)
 
-def _searches(tests, asked, known): # (what is asked for, what finds it in blocks), one after the other in every place
-    if asked: yield asked, lambda blocks: _last_in(blocks, asked)
+def _searches(tests, asked, known): # (names, search for them in blocks), in order
+    if asked: yield asked, lambda blocks: _last_definition(blocks, asked)
     if tests.get('kind') == 'humaneval':
-        yield asked, lambda blocks: _body_in(blocks, tests, known)
-        yield asked, lambda blocks: _body_in(blocks, tests)
-    if asked: yield asked, lambda blocks: _last_in(blocks, asked, weak=True)
-    yield set(), _longest_in
+        yield asked, lambda blocks: _longest_body(blocks, tests, known)
+        yield asked, lambda blocks: _longest_body(blocks, tests)
+    if asked: yield asked, lambda blocks: _last_definition(blocks, asked, weak=True)
+    yield set(), _best_program
 
-def _written(part, parts, asked, known): # (code, kinds) of a part and of what it takes from the others
+def _assemble(part, parts, asked, known): # (code, kinds) of a part and of what it takes from the others
     at, whys = parts.index(part), [p.why for p in parts if p.block is part.block]
     if not asked and 'error' in whys: return part.block.text, part.block.kinds # every line of a program counts
-    kept = _kept(part, asked, known)
-    lent = _lent(part, kept, [*reversed(parts[:at]), *parts[at+1:]], asked, known)
+    kept = _kept_statements(part, asked, known)
+    borrowed = _borrowed_statements(part, kept, [*reversed(parts[:at]), *parts[at+1:]], asked, known)
     dropped = [s for s in part.statements if s not in kept]
     gone = {i for s in dropped for i in range(s.start - 1, s.end)}
     lines = [l for i, l in enumerate(part.lines) if i not in gone]
-    sources = lambda parts: [s.source for p in parts for s in p.statements if s in lent]
+    def sources(parts): return [s.source for p in parts for s in p.statements if s in borrowed]
     texts = [*sources(parts[:at]), '\n'.join(lines).strip('\n'), *sources(parts[at+1:])]
-    code = '\n'.join([*texts, '']) if len(whys) > 1 or gone or lent else part.text
-    words = [s for s in dropped if s.is_prose(known | part.binds)]
-    drafts = [p for p in parts if p is not part and p.defines(asked) and not set(p.statements) & set(lent)]
-    found = dict(prose=words, examples=len(words) < len(dropped), parts=lent, drafts=drafts)
+    code = '\n'.join([*texts, '']) if len(whys) > 1 or gone or borrowed else part.text
+    prose = [s for s in dropped if s.is_prose(known | part.binds)]
+    drafts = [p for p in parts if p is not part and p.defines(asked) and not set(p.statements) & set(borrowed)]
+    found = dict(prose=prose, examples=len(prose) < len(dropped), parts=borrowed, drafts=drafts)
     return code, (*part.block.kinds, *filter(None, whys), *(kind for kind, x in found.items() if x))
 
 # %% ../nbs/evaluation/07_answers.ipynb #0ed18434
-def _known(tests): # names that are there before the program
+def _predefined_names(tests): # names that are bound before the program
     before = '\n'.join(filter(None, (tests.get('setup'), tests.get('prompt'))))
-    return _BUILTINS | _names(before if parses(before) else before + '    pass\n').binds
+    return _BUILTINS | _module_names(before if parses(before) else before + '    pass\n').binds
 
-def _is_plain(part, asked, known): # nothing to find: a program, and what is asked for in it
+def _needs_no_search(part, asked, known): # a program that defines what is asked for, without prose
     full = part.defines(asked) if asked else is_code(part.text)
     return full and not any(s.is_prose(known | part.binds) for s in part.statements)
 
-_CLEANING = {'reasoning': without_reasoning, 'end mark': without_end_marks, 'blanks': lambda t: t.translate(_BLANKS)}
+_CLEANERS = {'reasoning': without_reasoning, 'end mark': without_end_marks,
+             'blanks': lambda t: t.translate(_UNUSUAL_BLANKS)}
 
 def _find(text, tests): # (code, kinds)
-    asked, known, kinds = _asked_for(tests), _known(tests), []
+    asked, known, kinds = _required_names(tests), _predefined_names(tests), []
     part = _Part(Block(text.split('\n')), text.split('\n'))
-    if parses(text) and _is_plain(part, asked, known): return _written(part, [part], asked, known)
-    for kind, clean in _CLEANING.items():
+    if parses(text) and _needs_no_search(part, asked, known): return _assemble(part, [part], asked, known)
+    for kind, clean in _CLEANERS.items():
         before, text = text, clean(text)
         if text != before: kinds.append(kind)
     for wanted, search in _searches(tests, asked, known):
-        if not (found := next(filter(None, map(search, places(text))), None)): continue
+        if not (found := next(filter(None, map(search, candidate_blocks(text))), None)): continue
         part, parts, head = found
-        code, more = _written(part, parts, wanted, known)
+        code, more = _assemble(part, parts, wanted, known)
         return code.removeprefix(head), (*kinds, *more, *(['not defined'] if asked and not wanted else []))
     return text, (*kinds, 'no code')
 
@@ -268,12 +273,12 @@ def find_code(
     text:str, # What the model wrote
     tests:dict|None=None, # The problem's
 )->tuple[str, tuple]: # (code, kinds): what it took to find it, in short words; empty where the text is the program
-    "The code in an answer. `whole_program` makes of it what is run."
-    if len(text) > _LONGEST: return text, ('too long',)
+    "The code in an answer, which `whole_program` completes."
+    if len(text) > _MAX_CHARACTERS: return text, ('too long',)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of escapes in the model's strings
         try: code, kinds = _find(text, tests or {})
-        except (RecursionError, MemoryError): return text, ('no code',) # nested too deeply to be looked through
+        except (RecursionError, MemoryError): return text, ('no code',) # nested too deeply
     if code == text: return text, tuple(k for k in kinds if k == 'no code')
     return code, tuple(dict.fromkeys('broken lines' if k == 'error' else k for k in kinds)) or ('prose',)
 
@@ -281,7 +286,7 @@ def extract_code(
     text:str, # What the model wrote
     tests:dict|None=None, # The problem's
 )->str:
-    "The code in an answer: what defines what is asked for, and what that needs."
+    "The code in an answer: the definitions that the tests require, and what these need."
     return find_code(text, tests)[0]
 
 # %% ../nbs/evaluation/07_answers.ipynb #17b506b2

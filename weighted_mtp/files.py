@@ -13,7 +13,8 @@ from pathlib import Path
 # %% ../nbs/config/01_files.ipynb #92adc42e
 class UserError(ValueError):
     "Something the user can put right; its text says what was wrong, where, and what to do."
-    def _render_traceback_(self, *args, **kwargs): return [f'Error: {self}'] # IPython's hook: a cell shows the words alone
+    def _render_traceback_(self, *args, **kwargs): # called by IPython: a cell then shows the message alone
+        return [f'Error: {self}']
 
 # %% ../nbs/config/01_files.ipynb #1ceb1157
 def nearest(
@@ -23,7 +24,7 @@ def nearest(
     "A hint that names the right spelling."
     choices = list(choices)
     hit = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    if not hit: # `batch_size` for `training.batch_size`: the right leaf without its section
+    if not hit: # `batch_size` for `training.batch_size`: the right name without its section
         hit = [c for c in choices if c.rsplit('.', 1)[-1] == word.rsplit('.', 1)[-1]][:1]
     return f" Did you mean '{hit[0]}'?" if hit else ''
 
@@ -32,7 +33,7 @@ def write_text(
     path, # File to replace
     text:str, # Its new content
 ):
-    "Replace a file whole."
+    "Replace a file atomically."
     path = Path(path)
     temp = path.with_name(f'.{path.name}.{os.getpid()}.{time.monotonic_ns()}')
     try:
@@ -40,11 +41,12 @@ def write_text(
         os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
+# %% ../nbs/config/01_files.ipynb #98f27c01
 @contextmanager
 def locked(
     folder, # An existing folder
 ):
-    "Hold a folder against other processes: the folder itself is the lock, so there is no extra file, and it is freed when its holder dies."
+    "Hold a folder against other processes."
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -61,7 +63,7 @@ def read_utf8(
     except OSError as e: raise UserError(f"{name or file} cannot be read: {e.strerror or type(e).__name__}.") from None
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        line = raw[:e.start].count(10) + 1
+        line = raw[:e.start].count(b'\n') + 1
         raise UserError(f"{name or file}, line {line}: not UTF-8. Save the file as UTF-8 text.") from None
 
 def read_json(

@@ -13,41 +13,86 @@ from tempfile import TemporaryDirectory
 
 from fastcore.xtras import Config as IniFile
 
-from .config_values import Plain, _shown, read_number, unprintable
+from .config_values import Plain, read_number, shown, unprintable
 from .env_secrets import known_secrets, redact
 from .files import UserError, nearest, project_root, read_utf8
 
 # %% ../nbs/config/07_launch_site.ipynb #6b80da1d
 @dataclass(frozen=True)
 class Site:
+    "The place that runs are sent to, as `settings.ini` describes it."
     organization: str # VESSL organization
     project: str # VESSL project
-    cluster: str
+    cluster: str # VESSL cluster
     preset_1gpu: str # Resource preset by number of GPUs
     preset_2gpu: str
     preset_4gpu: str
     image: str # Container image
     git_url: str # Repository that the cluster clones
-    git_ref: str
+    git_ref: str # Its branch, tag or commit
     volume_root: str # volume://vessl-storage
-    volumes: str # Names of the volumes under it, by commas
-    exports: str # The volumes written back when the run ends, by commas
+    volumes: str # Names of the volumes under it, separated by commas
+    exports: str # The volumes written back when the run ends, separated by commas
     workdir: str # Where the repository lies on the cluster
     mlflow_uri: str # Address of the MLflow server
-    aws_region: str
+    aws_region: str # Region of the S3 buckets
     price_per_gpu_hour: float|None = None # For the estimate, in any currency
     secrets: str = 'reference' # reference: names of VESSL-held secrets in the YAML | inline: their values
 
 # %% ../nbs/config/07_launch_site.ipynb #9403a90a
+_GIT = re.compile(r'(https?|ssh|git|file)://.*[^/:]/.+|[\w.-]+@[\w.-]+:.+')
+
+def _address_problems(values): # paths and addresses of the cluster
+    workdir, volumes, git, mlflow = (values[k] for k in ('workdir', 'volume_root', 'git_url', 'mlflow_uri'))
+    if not re.fullmatch('(/[^/]+)+', workdir) or {'.', '..'} & set(workdir.split('/')):
+        yield (f"workdir = {shown(workdir)}: must be the full path of a folder: one that begins with /, ends in "
+               "a name, and has no . or .. in it.")
+    if not re.fullmatch(r'[a-z][a-z0-9+.-]*://[^/@]+(/[^@]+)?', volumes):
+        yield f"volume_root = {redact(shown(volumes))}: must be an address such as volume://STORAGE."
+    if not _GIT.fullmatch(git):
+        yield f"git_url = {redact(shown(git))}: must be an address such as https://HOST/REPOSITORY."
+    if not re.fullmatch(r'https?://.+', mlflow):
+        yield f"mlflow_uri = {redact(shown(Plain(mlflow)))}: must be an address such as http://HOST."
+
+def _words(text): return re.split(r'\s*,\s*', text)
+
+def _word_problem(name, value): # of one field, or None
+    if name == 'image' and not unprintable(value): return None # any line: the service says what it does not know
+    words = _words(value) if name in ('volumes', 'exports') else [value]
+    if not all(words) or any(re.search(r'\s', w) or unprintable(w) for w in words):
+        hint = ' (a comment needs a line of its own)' if re.search(r'\s[#;]', value) else ''
+        what = 'words separated by commas' if ',' in value else 'one word, without spaces'
+        return f"{name} = {shown(value)}: must be {what}{hint}."
+    if name in ('mlflow_uri', 'git_url') and re.match(r'https?://[^/]*@', value):
+        return f"{name} holds a user name or password, and every run would show it: passwords belong into .env."
+    if value.startswith('-'):
+        return f"{name} = {shown(value)}: must not begin with -: commands take that for an option."
+
+def _site_problems(values): # all of them, as readable messages
+    yield from filter(None, (_word_problem(name, value) for name, value in values.items()))
+    if values['secrets'] not in ('reference', 'inline'):
+        yield f"secrets = {values['secrets']}: allowed are reference, inline."
+    yield from _address_problems(values)
+    volumes = _words(values['volumes'])
+    for name in _words(values['exports']):
+        if name not in volumes: yield f"exports names {name}, which is none of the volumes.{nearest(name, volumes)}"
+
+def _exposed_secrets(values): # the run's YAML shows every field, and records keep it
+    for kind, secret in known_secrets():
+        if kind == 'MLFLOW_TRACKING_USERNAME': continue # it may well be part of an address
+        for name, value in values.items():
+            if secret in value: yield f"{name} holds the value of {kind}, and every run would show it: leave it out."
+
+# %% ../nbs/config/07_launch_site.ipynb #879091a4
 def _ini_values(path, file): # its [DEFAULT] section
-    text = read_utf8(file, path) # without a byte-order mark, which configparser takes for a letter
+    text = read_utf8(file, path) # without a byte-order mark
     try:
         with TemporaryDirectory() as folder:
             (Path(folder)/file.name).write_text(text, encoding='utf-8')
             return IniFile(folder, file.name, interpolation=None).d
     except configparser.Error as e: raise UserError(redact(f"{path} is not an ini file: {_ini_error(e)}.")) from None
 
-def _ini_error(e): # the line's number, never the line itself: it may hold a key
+def _ini_error(e): # configparser's error as one line
     if isinstance(e, configparser.DuplicateOptionError):
         return f"line {e.lineno}: {e.option} is there twice: remove one"
     if isinstance(e, configparser.DuplicateSectionError):
@@ -57,69 +102,34 @@ def _ini_error(e): # the line's number, never the line itself: it may hold a key
     lines = [str(number) for number, _ in getattr(e, 'errors', ())]
     return f"line {', '.join(lines)}: expected NAME = VALUE, or a comment that begins with #"
 
-def _price(text):
+def _price(text): # a number, or None where nothing is written
+    if not text: return None
     try: price = read_number(text)
     except ValueError: price = -1
     if price < 0: raise UserError(f"price_per_gpu_hour = {text}: must be a number of at least 0.")
     return price
 
-_GIT = re.compile(r'(https?|ssh|git|file)://.*[^/:]/.+|[\w.-]+@[\w.-]+:.+')
+def _given(path, values): # the fields that have a value; `UserError` for unknown and missing ones
+    names = [f.name for f in fields(Site)]
+    if unknown := [k for k in values if k not in names]:
+        raise UserError(f"{path}: unknown field '{unknown[0]}'.{nearest(unknown[0], names)}")
+    given = {k: v.strip() for k, v in values.items() if v and v.strip()}
+    missing = [k for k in names if k not in given and k not in ('secrets', 'price_per_gpu_hour')]
+    if missing: raise UserError(f"{path}: missing {', '.join(missing)}. Give each a value under [DEFAULT].")
+    return dict(secrets='reference') | given
 
-def _place_problems(values): # paths and addresses of the cluster
-    workdir, volumes, git = values['workdir'], values['volume_root'], values['git_url']
-    if not re.fullmatch('(/[^/]+)+', workdir) or {'.', '..'} & set(workdir.split('/')):
-        yield (f"workdir = {_shown(workdir)}: must be the full path of a folder: one that begins with /, ends in "
-               "a name, and has no . or .. in it.")
-    if not re.fullmatch(r'[a-z][a-z0-9+.-]*://[^/@]+(/[^@]+)?', volumes):
-        yield f"volume_root = {redact(_shown(volumes))}: must be an address such as volume://STORAGE."
-    if not _GIT.fullmatch(git):
-        yield f"git_url = {redact(_shown(git))}: must be an address such as https://HOST/REPOSITORY."
-
-def _site_leaks(values): # the run YAML shows them, and records keep it
-    for secret_name, secret in known_secrets():
-        for name, value in values.items():
-            if secret in value and secret_name != 'MLFLOW_TRACKING_USERNAME': # it may well be part of an address
-                yield f"{name} holds the value of {secret_name}, and every run would show it: leave it out."
-
-_ONE_LINE = ('image',) # of these any line is possible: the service says what it does not know
-
-def _site_problems(values): # of single fields, in words
-    for name, value in values.items():
-        words = re.split(r'\s*,\s*', value) if name in ('volumes', 'exports') else [value]
-        if name in _ONE_LINE and not unprintable(value): continue
-        if not all(words) or any(re.search(r'\s', w) or unprintable(w) for w in words):
-            hint = ' (a comment needs a line of its own)' if re.search(r'\s[#;]', value) else ''
-            what = 'words separated by commas' if ',' in value else 'one word, without spaces'
-            yield f"{name} = {_shown(value)}: must be {what}{hint}."
-        elif name in ('mlflow_uri', 'git_url') and re.match(r'https?://[^/]*@', value):
-            yield f"{name} holds a user name or password, and every run would show it: passwords belong into .env."
-        elif value.startswith('-'):
-            yield f"{name} = {_shown(value)}: must not begin with -: commands take that for an option."
-    if values['secrets'] not in ('reference', 'inline'):
-        yield f"secrets = {values['secrets']}: allowed are reference, inline."
-    yield from _place_problems(values)
-    if not re.fullmatch(r'https?://.+', values['mlflow_uri']):
-        yield f"mlflow_uri = {redact(_shown(Plain(values['mlflow_uri'])))}: must be an address such as http://HOST."
-    for name in re.split(r'\s*,\s*', values['exports']):
-        volumes = re.split(r'\s*,\s*', values['volumes'])
-        if name not in volumes: yield f"exports names {name}, which is none of the volumes.{nearest(name, volumes)}"
-
+# %% ../nbs/config/07_launch_site.ipynb #a1eaf584
 def load_site(
     path='settings.ini', # Relative paths start at the project root
 )->Site: # The launch site
     "Read the site with fastcore. Raises `UserError` naming the file and the field."
     file = Path(path)
     if not file.is_absolute(): file = project_root()/file
-    if not file.is_file(): raise UserError(f"Site file {path} not found: it holds cluster, image and volumes of the launch site.")
-    values, names = _ini_values(path, file), {f.name: f for f in fields(Site)}
-    if unknown := [k for k in values if k not in names]:
-        raise UserError(f"{path}: unknown field '{unknown[0]}'.{nearest(unknown[0], names)}")
-    given = {k: v.strip() for k, v in values.items() if v and v.strip()}
-    missing = [k for k in names if k not in given and k not in ('secrets', 'price_per_gpu_hour')]
-    if missing: raise UserError(f"{path}: missing {', '.join(missing)}. Give each a value under [DEFAULT].")
-    given.setdefault('secrets', 'reference')
-    try: price = _price(given.pop('price_per_gpu_hour')) if 'price_per_gpu_hour' in given else None
+    if not file.is_file():
+        raise UserError(f"Site file {path} not found: it holds cluster, image and volumes of the launch site.")
+    given = _given(path, _ini_values(path, file))
+    try: price = _price(given.pop('price_per_gpu_hour', None))
     except UserError as e: raise UserError(f'{path}: {e}') from None
-    told = [f'{path}: {problem}' for problem in (*_site_problems(given), *_site_leaks(given))]
-    if told: raise UserError(redact('\n'.join(told)))
+    problems = [f'{path}: {problem}' for problem in (*_site_problems(given), *_exposed_secrets(given))]
+    if problems: raise UserError(redact('\n'.join(problems)))
     return Site(**given, price_per_gpu_hour=price)

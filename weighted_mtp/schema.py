@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 from fastcore.docments import docments
 
 from .config_fields import Setting, allowed, setting
+from .files import UserError, nearest
 
 # %% ../nbs/config/03_schema.ipynb #7ab70383
 PIPELINES = ('critic', 'verifiable', 'baseline', 'rho1', 'ntp', 'ref_tuning', 'evaluation')
@@ -21,6 +22,7 @@ PIPELINES = ('critic', 'verifiable', 'baseline', 'rho1', 'ntp', 'ref_tuning', 'e
 # %% ../nbs/config/03_schema.ipynb #3ff9e536
 @dataclass
 class Experiment:
+    "The run, and the checkpoints that it builds on."
     name: str = 'run' # Name of the run; also its folder under storage/checkpoints/<pipeline>/
     description: str = setting('', lines=True) # Free text, kept in the record
     critic_checkpoint: str|None = None # verifiable: the critic that token weights come from
@@ -28,6 +30,7 @@ class Experiment:
 
 @dataclass
 class Dataset:
+    "The files of solutions, and how they become samples."
     train: str = setting('', filled=True) # JSONL of solutions, one a line
     validation: str = setting('', filled=True) # JSONL of solutions of other problems
     test: str|None = None # Evaluated once, after training, with the best checkpoint
@@ -41,6 +44,7 @@ class Dataset:
 
 @dataclass
 class DataSampling:
+    "What an epoch draws from the files."
     seed: int = setting(42, '[0, 4294967295]') # Of the draw
     n_samples: int = setting(200_000, '[1, 1e9]') # Pairs (critic) or solutions drawn for an epoch
     n_validation: int = setting(500, '[1, 1e9]') # Validation pairs or solutions
@@ -55,6 +59,7 @@ class DataSampling:
 # %% ../nbs/config/03_schema.ipynb #8fe80302
 @dataclass
 class Lora:
+    "Adapters, where `model.tuning` is lora."
     r: int = setting(64, '[1, 65536]') # Rank
     alpha: int = setting(128, '[1, 1e6]') # The update is scaled by alpha/r
     dropout: float = setting(0.05, '[0, 1)') # On the adapter's input
@@ -63,6 +68,7 @@ class Lora:
 
 @dataclass
 class Model:
+    "The backbone, its heads, and what of it is trained."
     # Folder or hub name of a Hugging Face decoder; `micro`: the embedded one, made from the seed
     backbone: str = 'micro'
     tokenizer: str|None = None # Folder or hub name (null: the backbone's; embedded default: the data set's)
@@ -76,6 +82,7 @@ class Model:
 
 @dataclass
 class Critic:
+    "The value head and its losses; pipeline critic."
     # Value head on the hidden states; surprise also sees the backbone's log-probability of each token
     head: str = setting('surprise', choices=('linear', 'sigmoid', 'mlp', 'surprise'))
     head_dropout: float = setting(0.0, '[0, 1)') # Between the layers of mlp and surprise
@@ -91,6 +98,7 @@ class Critic:
 # %% ../nbs/config/03_schema.ipynb #604e1521
 @dataclass
 class Training:
+    "Length, batches, optimizer, and what weighs tokens."
     n_epochs: float = setting(1.0, '(0, 1e6]') # Passes over what data_sampling draws
     max_steps: int = setting(-1, '[1, 1e9]', also=(-1,)) # Optimizer steps (-1: as n_epochs says)
     batch_size: int = setting(12, '[1, 1e6]') # Per GPU; pairs for the critic
@@ -128,6 +136,7 @@ class Training:
 # %% ../nbs/config/03_schema.ipynb #66205ecf
 @dataclass
 class Checkpoint:
+    "Where checkpoints go, and how many are kept."
     save_dir: str = 'storage/checkpoints/${pipeline}/${experiment.name}' # Folder of the run's checkpoints
     save_checkpoint_every: float = setting(0.2, '(0, 1e6]') # Epochs
     save_total_limit: int = setting(3, '[1, 1e6]') # Epoch checkpoints kept; best and final are kept besides
@@ -136,6 +145,7 @@ class Checkpoint:
 
 @dataclass
 class Evaluation:
+    "What is evaluated, on which benchmarks, and how answers are sampled."
     # The policy to evaluate: a checkpoint of this package, or the folder of a transformers model
     checkpoint: str|None = None
     tokenizer: str|None = None # Folder or hub name (null: the checkpoint's own)
@@ -152,21 +162,25 @@ class Evaluation:
 
 @dataclass
 class Fsdp:
+    "torch's fully sharded data parallel."
     # Over the GPUs of a run: weights, gradients and optimizer state sharded, or a full copy on each
     sharding_strategy: str = setting('FULL_SHARD', choices=('FULL_SHARD', 'NO_SHARD'))
 
 @dataclass
 class Distributed:
+    "Several GPUs."
     fsdp: Fsdp = field(default_factory=Fsdp)
 
 @dataclass
 class Mlflow:
+    "Where metrics go."
     # A server, or sqlite:///FILE (null: MLFLOW_TRACKING_URI, else sqlite:///storage/mlflow.db)
     tracking_uri: str|None = None
     experiment: str = 'weighted-mtp' # Name of the MLflow experiment
 
 @dataclass
 class Config:
+    "All sections, and the pipeline."
     pipeline: str = setting('critic', choices=PIPELINES) # What is trained, or evaluation
     experiment: Experiment = field(default_factory=Experiment)
     dataset: Dataset = field(default_factory=Dataset)
@@ -207,10 +221,11 @@ def config_keys()->list[str]: # Every dotted key, in order
 def key_table(
     section:str='', # Such as `training` or `model.lora`; empty: all keys
 )->list[dict]: # Rows of key, allowed, default, meaning: all texts but the default
-    "What every key may be, and what it means."
+    "What every key may be, and what it means. Raises `UserError` for an unknown section."
+    keys = [k for k in schema() if not section or f'{k}.'.startswith(f'{section}.')]
+    if not keys: raise UserError(f"no section or key '{section}'.{nearest(section, schema())}")
     meanings = {key: docments(cls)[f.name] or '' for key, cls, f, _ in _leaves(Config)}
-    return [dict(key=key, allowed=allowed(s), default=s.default, meaning=meanings[key])
-            for key, s in schema().items() if f'{key}.'.startswith(f'{section}.'.lstrip('.'))]
+    return [dict(key=k, allowed=allowed(schema()[k]), default=schema()[k].default, meaning=meanings[k]) for k in keys]
 
 def show_keys(
     section:str='', # Such as `training`; empty: all keys

@@ -24,9 +24,9 @@ class Site:
     organization: str # VESSL organization
     project: str # VESSL project
     cluster: str # VESSL cluster
-    preset_1gpu: str # Resource preset by number of GPUs
-    preset_2gpu: str
-    preset_4gpu: str
+    preset_1gpu: str # Resource preset for 1 GPU
+    preset_2gpu: str # For 2 GPUs
+    preset_4gpu: str # For 4 GPUs
     image: str # Container image
     git_url: str # Repository that the cluster clones
     git_ref: str # Its branch, tag or commit

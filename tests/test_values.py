@@ -154,7 +154,7 @@ def nested(key, value):
     return value
 
 def test_python_values_are_taken_as_they_are_or_refused():
-    for key, kind, metadata in KEYS:
+    for key, kind, _ in KEYS:
         for value in ANYTHING:
             try: found = get(apply_overrides(nested(key, value)), key)
             except UserError as e:

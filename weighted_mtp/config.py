@@ -7,7 +7,7 @@ __all__ = ['read_override', 'quoted', 'apply_overrides', 'load_config', 'to_yaml
            'UserError', 'load_site']
 
 # %% ../nbs/00_config.ipynb #6bdca220
-import math, os, re
+import copy, math, os, re
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from .schema import Config, schema
 
 # %% ../nbs/00_config.ipynb #29b0e870
 @lru_cache(1)
-def _defaults(): return OmegaConf.structured(Config) # merging copies it
+def _defaults(): return OmegaConf.structured(Config) # never changed, only copied
 
 def _unknown_key(key): # the message
     sections = {k.rsplit('.', 1)[0] for k in schema() if '.' in k}
@@ -46,15 +46,12 @@ def _read_tree(tree, prefix=''): # nested data -> (key, value read, or the probl
         elif isinstance(value, dict): yield from _read_tree(value, f'{key}.')
         elif not empty: yield key, None, f"{key} = {shown(value)}: must be a section, with keys such as {below[0]}."
 
-def _merge(config, values, where): # `values` by dotted key, all read
-    tree = {}
-    for key, value in values.items():
-        *sections, name = key.split('.')
-        at = tree
-        for s in sections: at = at.setdefault(s, {})
-        at[name] = value
-    try: return OmegaConf.merge(config, tree)
+def _merge(config, values, where): # a changed copy; `values` by dotted key, all read
+    changed = copy.deepcopy(config)
+    try:
+        for key, value in values.items(): OmegaConf.update(changed, key, value, merge=False)
     except OmegaConfBaseException as e: raise omegaconf_error(e, where) from None
+    return changed
 
 def _merge_tree(config, tree, where, lines=()): # raises one `UserError` for all of its problems
     read, lines = list(_read_tree(tree)), dict(lines)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_override', 'quoted', 'apply_overrides', 'load_config', 'to_yaml', 'plain', 'steps_per_epoch', 'total_steps',
-           'UserError', 'load_site']
+           'UserError', 'load_site', 'project_root']
 
 # %% ../nbs/00_config.ipynb #6bdca220
 import copy, math, os, re
@@ -177,7 +177,7 @@ def total_steps(
     return t.max_steps if t.max_steps > 0 else math.ceil(t.n_epochs * steps_per_epoch(n_items, t, world_size))
 
 # %% ../nbs/00_config.ipynb #a2fd3f9e
-_all_ = ['UserError', 'load_site']
+_all_ = ['UserError', 'load_site', 'project_root']
 
 # %% ../nbs/00_config.ipynb #reexport
 # Until every module imports these from where they are defined.

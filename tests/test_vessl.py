@@ -225,7 +225,7 @@ def test_odd_names_of_files_and_records(here, service):
 
 def test_a_site_with_odd_values_keeps_its_shape(here, service):
     from weighted_mtp.plan import make_plan
-    from weighted_mtp.targets import run_yaml_text
+    from weighted_mtp.vessl_run import run_yaml_text
     site, plain = (here/'settings.ini').read_text(), make_plan('critic', 2).run_yaml
     for odd in ('image: {x}', '"quoted" \'too\'', 'a # b', '한글', '$(rm -rf /)', '{{name}}', '- a'):
         (here/'settings.ini').write_text('\n'.join(f'image = {odd}' if line.startswith('image ') else line for line in site.splitlines()))

@@ -55,8 +55,12 @@ class Plan:
     resolved: dict # The config as the run sees it
 
     @property
-    def command_line(self)->str: return shlex.join(self.command)
-    def to_dict(self)->dict: return asdict(self)
+    def command_line(self)->str:
+        "The command as a shell takes it."
+        return shlex.join(self.command)
+    def to_dict(self)->dict:
+        "The plan as plain data, as a record keeps it."
+        return asdict(self)
     def estimate(self)->Estimate|None:
         "Memory, time and cost; None where the architecture is not known."
         return estimate_plan(self)

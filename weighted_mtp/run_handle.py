@@ -63,16 +63,20 @@ class Progress:
 # %% ../nbs/launching/13_run_handle.ipynb #9304518f
 @dataclass(frozen=True)
 class Run:
-    folder: Path # Its record: a path or a name
+    "A launched run: its record's folder, and what can be done with it."
+    folder: Path # A path or a record's name
 
     def __post_init__(self): object.__setattr__(self, 'folder', record_folder(self.folder))
     @property
     def name(self)->str: return self.folder.name
     @property
     def target(self):
+        "The target that carries it out; see `targets.Target`."
         record = check_record(read_json(self.folder/'record.json'), self.folder)
         return TARGETS[record['target']]()
-    def record(self)->dict: return load_record(self.folder)
+    def record(self)->dict:
+        "`record.json`, and under `result` what the run itself wrote."
+        return load_record(self.folder)
     def status(self)->str:
         "planned, running, completed, failed or stopped; on VESSL also submitting, unknown, and VESSL's own statuses."
         return self.target.status(self.folder)

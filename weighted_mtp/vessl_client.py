@@ -202,7 +202,7 @@ class VesslClient:
         wait:float=30., # Seconds; then the child is killed
         **args, # Of the question
     ): # What VESSL answered
-        "Raises `VesslError`."
+        "Ask one question and wait for the answer. Raises `VesslError`."
         with self.lock:
             site, end = load_site(), time.monotonic() + wait
             question = dict(action=action, args=args, organization=site.organization, project=site.project)

@@ -6,7 +6,7 @@ import pytest, torch
 
 import warm
 from test_launch import in_one_kernel
-from weighted_mtp.launch import _last_words
+from weighted_mtp.outcomes import last_words
 
 ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
@@ -184,7 +184,7 @@ def test_failing_rank_ends_the_job_with_its_own_error_first(root, tmp_path, kind
     finally: del os.environ['WMTP_RUN_DIR']
     assert done.returncode != 0
     if kind == 'os.abort()': # it left no word of its own
-        said = _last_words(done.stderr.splitlines())
+        said = last_words(done.stderr.splitlines())
         assert 'Aborted' in said[0] and any('fail.py' in line for line in said) and said[-1] == 'The process of rank 1 ended first, with exit code -6 (SIGABRT)', done.stderr
         return
     errors = [l for l in done.stderr.splitlines() if 'Error' in l]

@@ -28,7 +28,7 @@ def here(project, monkeypatch):
     (project/'.env').write_text('\n'.join(f'{k}=not-real-{k.lower()}' for k in SECRET_NAMES))
     monkeypatch.chdir(project)
     monkeypatch.setenv('VESSL_ACCESS_TOKEN', 'not-a-real-vessl-token')
-    monkeypatch.setattr('weighted_mtp.plan._code_warnings', lambda site: []) # asks git each time
+    monkeypatch.setattr('weighted_mtp.preflight.code_warnings', lambda site: []) # asks git each time
     return project
 
 def get(config, key): return flatten(OmegaConf.to_container(config, resolve=True))[key]
@@ -323,7 +323,7 @@ FIELDS = ('experiment.description', 'dataset.train', 'experiment.reference_check
           'checkpoint.save_dir', 'model.backbone')
 
 def through_yaml_and_shell(plan): # as VESSL does: parsed, dumped, parsed; then a shell's words
-    from weighted_mtp.targets import run_yaml_text
+    from weighted_mtp.vessl_run import run_yaml_text
     again = yaml.safe_load(yaml.dump(yaml.safe_load(run_yaml_text(plan.run_yaml))))
     assert again == plan.run_yaml
     words = shlex.split(again['run'][-1]['command'])
@@ -333,7 +333,7 @@ def through_yaml_and_shell(plan): # as VESSL does: parsed, dumped, parsed; then 
 
 def injected(request): # what the parameters cells of the launch notebook come to
     from weighted_mtp.launch import notebook_request
-    from weighted_mtp.records import request_notebook
+    from weighted_mtp.launch_notebook import request_notebook
     names = {}
     for cell in nbformat.reads(request_notebook(request), 4).cells:
         if {'parameters', 'injected-parameters'} & set(cell.metadata.get('tags', ())): exec(cell.source, names)

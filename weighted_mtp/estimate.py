@@ -197,7 +197,8 @@ LENGTH_SHARE = 0.5 # Mean length relative to dataset.max_length
 def _compute_speed(c, ngpus, gpu)->tuple: # operations a second of one GPU or process, and its description
     if gpu: return PEAK_SPEED*PEAK_SHARE, f"{PEAK_SHARE:.0%} of an A100's {PEAK_SPEED/1e12:.0f} TFLOP/s"
     threads = max(1, (c.training.cpu_threads or os.cpu_count())//ngpus)
-    return THREAD_SPEED*threads, f"{THREAD_SPEED/1e9:.0f} GFLOP/s a thread on {threads} thread{'s' if threads > 1 else ''}"
+    plural = 's' if threads > 1 else ''
+    return THREAD_SPEED*threads, f'{THREAD_SPEED/1e9:.0f} GFLOP/s a thread on {threads} thread{plural}'
 
 def extrapolated_step(c, a, ngpus, gpu)->tuple: # seconds, and what they are based on
     t, length, (speed, assumed) = c.training, LENGTH_SHARE*c.dataset.max_length, _compute_speed(c, ngpus, gpu)

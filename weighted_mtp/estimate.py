@@ -39,11 +39,16 @@ def memory_sizes(
 # %% ../nbs/launching/02_estimate.ipynb #16d0e204
 def _gathered_bytes(s): return s.width*(s.p.rest + 2*s.p.block) if s.shards > 1 else 0
 
-def weight_bytes(s): return s.p.total*s.stored/s.shards + _gathered_bytes(s)
+def weight_bytes(s):
+    "A GPU's share of the weights, and what it gathers for the moment."
+    return s.p.total*s.stored/s.shards + _gathered_bytes(s)
 
-def optimizer_bytes(s): return 2*s.p.trainable*s.stored/s.shards
+def optimizer_bytes(s):
+    "A GPU's share of AdamW's two moments."
+    return 2*s.p.trainable*s.stored/s.shards
 
 def other_model_bytes(s):
+    "The frozen critic or reference."
     other = other_model(s.c, s.a)
     return inference_parameters(other)*(2 if s.gpu else 4) if other else 0
 
@@ -57,15 +62,18 @@ def _kept_in_block(s): # bytes that a token leaves in one block
     attention = w*(2*a.q + 2*a.kv + s.c.dataset.max_length) + 4*a.heads
     return inputs + 8*a.D + attention + w*3*a.ffn # 8D: the two norms
 
-def activation_bytes(s): # of all blocks
+def activation_bytes(s):
+    "What all blocks keep for the backward pass."
     of_a_block = s.width*s.a.D if s.c.training.gradient_checkpointing else _kept_in_block(s)
     return s.tokens*s.p.trained_blocks*of_a_block
 
 # %% ../nbs/launching/02_estimate.ipynb #04f0a285
-def logit_bytes(s, copies): # of all tokens, in float32; in bfloat16 once
+def logit_bytes(s, copies):
+    "Logits of all tokens: copies in float32, and one in bfloat16."
     return s.tokens*s.a.vocab*(4*copies + (2 if s.width == 2 else 0)) if copies else 0
 
-def loss_bytes(s): # kept through the backward pass: last norm, head, gradients of the loss
+def loss_bytes(s):
+    "What the last norm, the head and the loss keep through the backward pass."
     D = s.a.D
     if s.is_critic: return s.tokens*D*(8 + s.width)
     of_unembedding = s.full*s.a.vocab*D*(4 if s.stored == 4 else 6)
@@ -83,7 +91,9 @@ def _working_bytes_of_loss(s):
     chunk = min(max(1, a.D//4, 2**17//a.vocab), rows) # as `losses.mtp_loss` cuts them
     return rows*a.D*s.width + chunk*a.vocab*(4 if s.width == 4 else 6)
 
-def working_bytes(s): return max(_working_bytes_of_block(s), _working_bytes_of_loss(s))
+def working_bytes(s):
+    "What is needed for a moment: by one block or by the loss."
+    return max(_working_bytes_of_block(s), _working_bytes_of_loss(s))
 
 # %% ../nbs/launching/02_estimate.ipynb #7cb6b454
 # Whether on a GPU -> bytes of CUDA's context and NCCL's buffers (assumed), or of Python and libraries (measured)
@@ -100,9 +110,12 @@ def gradient_bytes(
     own = s.p.trainable*(4 if is_accumulated and s.shards > 1 else s.stored/s.shards)
     return own if is_accumulated else max(0, own - freed)
 
-def bucket_bytes(s): return s.p.trainable*s.stored if s.copies > 1 else 0
+def bucket_bytes(s):
+    "DDP's copy of the gradients."
+    return s.p.trainable*s.stored if s.copies > 1 else 0
 
-def saving_bytes(s): # outside of steps: saving, evaluating
+def saving_bytes(s):
+    "What saving and evaluation need outside of steps."
     copies = 0 if s.gpu else 4*s.p.trainable # in main memory; of the weights, later of both moments too
     saving = max(copies + (s.p.total*s.stored if s.shards > 1 else 0), 3*copies)
     return max(saving, logit_bytes(s, 2) if s.is_critic else 0)
@@ -201,6 +214,7 @@ def _compute_speed(c, ngpus, gpu)->tuple: # operations a second of one GPU or pr
     return THREAD_SPEED*threads, f'{THREAD_SPEED/1e9:.0f} GFLOP/s a thread on {threads} thread{plural}'
 
 def extrapolated_step(c, a, ngpus, gpu)->tuple: # seconds, and what they are based on
+    "The time of a step from its operations and an assumed speed."
     t, length, (speed, assumed) = c.training, LENGTH_SHARE*c.dataset.max_length, _compute_speed(c, ngpus, gpu)
     per_item = 2 - c.critic.lm_first if c.pipeline == 'critic' else 1 # pairs; at first only their correct half
     tokens = t.batch_size*t.gradient_accumulation_steps*length*per_item

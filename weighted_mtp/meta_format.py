@@ -166,8 +166,8 @@ def convert_meta(
     meta_names = {our_name(k): k for k in state if our_name(k)}
     split = split_torch_state_dict_into_shards({k: state[m] for k, m in meta_names.items()}, max_shard_size=shard_bytes)
     for file, names in tqdm(split.filename_to_tensors.items(), desc='converting', unit='shard', leave=False):
-        tensors = {k: to_our_layout(meta_names[k], state[meta_names[k]], facts) for k in names}
-        save_file(tensors, part/file, metadata={'format': 'pt'})
+        def ours(k): return to_our_layout(meta_names[k], state[meta_names[k]], facts)
+        save_file({k: ours(k) for k in names}, part/file, metadata={'format': 'pt'}) # no name: freed before the next
     if split.is_sharded:
         index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
         (part/'model.safetensors.index.json').write_text(json.dumps(index, indent=1))

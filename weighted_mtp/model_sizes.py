@@ -22,6 +22,7 @@ KNOWN = { # size in a name -> shape
     r'(?<![\d.])7b': dict(name='Meta MTP 7B', D=4096, layers=29, heads=32, ffn=11008, vocab=32000)}
 
 def make_shape(name, D, layers, heads, ffn, vocab, kv_heads=None, head_dim=None, tied=False):
+    "An `architecture` from its numbers."
     size = head_dim or D//heads
     return SimpleNamespace(name=name, D=D, layers=layers, heads=heads, ffn=ffn, vocab=vocab, q=heads*size,
                            kv=(kv_heads or heads)*size, tied=tied)
@@ -64,13 +65,22 @@ def as_attributes(
     return to_namespace(config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True))
 
 def value_head_parameters(D, kind):
+    "Of a critic's head on hidden size D."
     mlp = D*(D//4) + D//4 + (D//4)*(D//8) + 2*(D//8) + 1
     gates = 2*D + 2 if kind == 'surprise' else 0
     return 2*D + (D+1 if kind in ('linear', 'sigmoid') else mlp) + gates # 2D: the norm
 
-def matrix_parameters(a): return 2*a.D*(a.q + a.kv) + 3*a.D*a.ffn # of a block's seven matrices
-def block_parameters(a): return matrix_parameters(a) + 2*a.D
-def rest_parameters(a): return a.vocab*a.D*(1 if a.tied else 2) + a.D
+def matrix_parameters(a):
+    "Of a block's seven matrices."
+    return 2*a.D*(a.q + a.kv) + 3*a.D*a.ffn
+
+def block_parameters(a):
+    "Of a block: matrices and two norms."
+    return matrix_parameters(a) + 2*a.D
+
+def rest_parameters(a):
+    "Of embedding, unembedding (unless tied) and the last norm."
+    return a.vocab*a.D*(1 if a.tied else 2) + a.D
 
 def count_parameters(
     c, # A config as attributes
@@ -111,4 +121,6 @@ def other_model(
     path = e.critic_checkpoint if c.pipeline == 'verifiable' else e.reference_checkpoint
     return shape_of_checkpoint(path or '') or (a if c.model.backbone == 'micro' else make_shape(**KNOWN[r'2\.7b']))
 
-def inference_parameters(a): return a.layers*block_parameters(a) + rest_parameters(a) # of a model without extra heads
+def inference_parameters(a):
+    "Of a model without further heads."
+    return a.layers*block_parameters(a) + rest_parameters(a)

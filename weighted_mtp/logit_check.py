@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .backbones import recurrent_error
+from .backbones import recurrent_state_error
 from .config import UserError
 
 # %% ../nbs/models/03_logit_check.ipynb #5a1c0f07
@@ -39,7 +39,7 @@ def logits_of_four_tokens(
     hook = backbone.get_decoder().register_forward_hook(enlarge)
     try: out = backbone(**inputs, use_cache=is_policy)
     finally: hook.remove()
-    if is_policy and not has_only_attention(out.past_key_values): raise recurrent_error(type(backbone).__name__)
+    if is_policy and not has_only_attention(out.past_key_values): raise recurrent_state_error(type(backbone).__name__)
     return model.compute_logits(hidden*size[..., None]).float(), out.logits.float()
 
 def compare_logits(

@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_baseline.ipynb #26a509d0
 from ..policies import run_policy
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_baseline.ipynb #03d2f2ae
 def main(

@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_critic.ipynb #7037fe8e
 from ..critic import run_critic
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_critic.ipynb #5ec5c3d8
 def main(

@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_evaluation.ipynb #6a35c0d5
 from ..evaluation import run_evaluation
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_evaluation.ipynb #9878e260
 def main(

@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_ntp.ipynb #a58516bc
 from ..policies import run_policy
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_ntp.ipynb #0d5ce6b0
 def main(

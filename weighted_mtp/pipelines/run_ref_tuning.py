@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_ref_tuning.ipynb #cea007c1
 from ..policies import run_policy
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_ref_tuning.ipynb #3ee8c690
 def main(

@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_rho1.ipynb #a88ecf28
 from ..policies import run_policy
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_rho1.ipynb #4f1638b2
 def main(

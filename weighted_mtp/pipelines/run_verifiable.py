@@ -7,7 +7,7 @@ __all__ = ['main']
 
 # %% ../../nbs/training/pipelines/run_verifiable.ipynb #cdb7df57
 from ..policies import run_policy
-from ..training import pipeline_main
+from ..runs import pipeline_main
 
 # %% ../../nbs/training/pipelines/run_verifiable.ipynb #cf0c4fc2
 def main(

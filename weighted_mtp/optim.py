@@ -21,28 +21,30 @@ def lr_factor(
     warmup:float, # Share of it spent warming up
     low:float, # Share of the learning rate it ends at
 )->float:
-    "Linear warm-up, then a cosine to `low`; `low` before `begin` (Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts)."
+    "Linear warm-up, then a cosine to `low`; `low` before `begin` (arXiv 1608.03983, without restarts)."
     if step < begin: return low
     up, x = math.ceil(warmup*(end-begin)), step - begin
     if x < up: return (x+1)/up
     return low + (1-low)*(1 + math.cos(math.pi*min(1., (x-up)/max(1, end-begin-up))))/2
 
 # %% ../nbs/training/03_optim.ipynb #03000006
-NO_DECAY = re.compile(r'bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)') # as in transformers' `get_decay_parameter_names`
+# As in transformers' `get_decay_parameter_names`
+NO_DECAY = re.compile(r'bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)')
 
 def parameter_groups(
     model, # Its value head, if it has one, is called `head`
     t, # The config's `training` section
 )->list[dict]: # What `torch.optim` takes; each also says whether it is the `head`
-    "Trained parameters by learning rate and weight decay: the value head has its own rate, norms and biases no decay."
+    "Trained parameters by learning rate and decay: the value head has its own rate, norms and biases no decay."
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     groups = {}
     for name, p in model.named_parameters():
         decays = id(p) not in norms and not NO_DECAY.search(name.lower())
         if p.requires_grad: groups.setdefault((name.startswith('head.'), decays), []).append(p)
     lr = {True: t.head_learning_rate or t.learning_rate, False: t.learning_rate}
-    return [dict(params=ps, lr=lr[head], initial_lr=lr[head], weight_decay=t.weight_decay if decays else 0., head=head)
-            for (head, decays), ps in groups.items()]
+    def settings(head, decays): # `initial_lr` is what a schedule multiplies
+        return dict(head=head, lr=lr[head], initial_lr=lr[head], weight_decay=t.weight_decay if decays else 0.)
+    return [dict(params=ps, **settings(*kind)) for kind, ps in groups.items()]
 
 def make_optimizer(model, t):
     "AdamW over the parameter groups of a model; `t` is the config's `training` section."

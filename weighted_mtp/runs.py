@@ -17,10 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import AutoTokenizer
 
-from .checkpoints import BEST, FINAL, config_fingerprint, epoch_checkpoints, newest_checkpoint, restore, save_file
-from .config import UserError, flatten, load_config, project_root, read_json, to_yaml, total_steps, write_text
+from .checkpoints import (BEST, FINAL, config_fingerprint, epoch_checkpoints, newest_checkpoint, restore,
+                                      save_file)
+from .config import UserError, flatten, load_config, project_root, read_json, to_yaml, write_text
 from .data import vocabulary_id
-from .loop import Trainer, evaluate, items_per_epoch, make_trainer, note_best, train
+from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
 from .remote import Tracker, Uploader
 from .sharding import full_state_dict, load_full_state_dict
@@ -55,7 +56,8 @@ def begin_run(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(run, indent=1))
     except OSError as e:
-        raise UserError(f"{folder} cannot be written to ({e.strerror}). Set checkpoint.save_dir, or free some space.") from None
+        advice = "Set checkpoint.save_dir, or free some space."
+        raise UserError(f"{folder} cannot be written to ({e.strerror}). {advice}") from None
     if checkpoint: print(f"resuming from {checkpoint}", flush=True)
     return run | dict(checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -93,7 +95,7 @@ class ProgressFile:
         with suppress(OSError): write_text(self.path, json.dumps(now)) # a full disk is no reason to stop
 
 # %% ../nbs/training/07_runs.ipynb #946aad0d
-def _report(tracker): # of a finished run, into its record and to MLflow; in a process of its own, so that it can harm nothing
+def _report(tracker): # of a finished run, to its record and MLflow; in a process of its own, which can harm nothing
     if not (project_root()/'nbs/report.ipynb').is_file(): return
     folder, command = record_dir(), [sys.executable, '-m', 'weighted_mtp.report', str(record_dir())]
     problem = None
@@ -139,7 +141,8 @@ def tracked_run(
     "Do what is inside as an MLflow run, and leave `result.json` in the run's record."
     run, = broadcast_object_list([begin_run(config, int(os.environ.get('WORLD_SIZE', 1))) if is_main() else None])
     resumed = bool(run['checkpoint'])
-    result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, resumed=resumed, pictures=[])
+    result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, resumed=resumed,
+                  pictures=[])
     if not is_main():
         yield result, run
         return
@@ -182,7 +185,8 @@ def fit(
     if run and run['checkpoint']: restore(trainer, run['checkpoint'])
     stopped = train(trainer)
     if run: run['last_step'] = trainer.step # where the final metrics belong
-    if stopped: raise Stopped(f"Stopped after step {trainer.step} of {trainer.max_steps}. The same command resumes from there.")
+    if stopped:
+        raise Stopped(f"Stopped after step {trainer.step} of {trainer.max_steps}. The same command resumes from there.")
     return trainer
 
 def finish(
@@ -206,11 +210,11 @@ def load_parts(
     config, # A loaded config
 ): # (tokenizer, backbone)
     "The tokenizer and the backbone that a config names; the embedded data set is made if it is asked for and absent."
-    m, d = config.model, config.dataset
-    where = m.tokenizer or (_embedded_data(d)/'tokenizer' if d.embedded else None)
-    if d.embedded and m.tokenizer: _embedded_data(d)
+    m, d, where = config.model, config.dataset, config.model.tokenizer
+    if d.embedded: where = _embedded_data(d, where)
     if m.backbone == 'micro' and not where:
-        raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or dataset.embedded=true.")
+        raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or "
+                        "dataset.embedded=true.")
     tokenizer = _load_tokenizer(where or m.backbone)
     if m.backbone == 'micro':
         from weighted_mtp.synthetic import make_micro_model
@@ -220,13 +224,13 @@ def load_parts(
     _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
     return tokenizer, backbone
 
-def _embedded_data(d): # its folder
+def _embedded_data(d, tokenizer): # the tokenizer to use with it: its own if none is named
     from weighted_mtp.synthetic import make_dataset
     if not d.train.strip(): raise UserError("dataset.train is empty: the data set is made in that file's folder.")
     n, folder = d.n_problems, Path(d.train).parent
     sizes = dict(n_problems=n, n_held_out=min(400, n//2)) if n else {}
     print(f"{folder}: {make_dataset(folder, **sizes)['counts']}", flush=True)
-    return folder
+    return tokenizer or folder/'tokenizer'
 
 def _load_tokenizer(path):
     try: tokenizer = AutoTokenizer.from_pretrained(path)
@@ -234,18 +238,18 @@ def _load_tokenizer(path):
         raise UserError(f"model.tokenizer = {path}: cannot be loaded ({str(e).splitlines()[0]})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.tokenizer = {path}: has no end-of-text token, so a model would never learn to stop.")
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token # Llama's has none; padding is masked anyway
+    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token # Llama's has none; padding is masked
     return tokenizer
 
 def _same_tokens(tokenizer, where, name, n): # a model reads numbers: with another tokenizer they are other words
     if len(tokenizer) > n:
-        raise UserError(f"model.tokenizer = {where or name} has {len(tokenizer)} tokens, model.backbone = {name} knows {n}: "
-                        "not the tokenizer that it was trained with.")
+        raise UserError(f"model.tokenizer = {where or name} has {len(tokenizer)} tokens, model.backbone = {name} "
+                        f"knows {n}: not the tokenizer that it was trained with.")
     try: own = AutoTokenizer.from_pretrained(name) if where else None
     except (OSError, ValueError): own = None # it has none with it
     if own and vocabulary_id(own) != vocabulary_id(tokenizer):
-        raise UserError(f"model.tokenizer = {where} gives tokens other numbers than the tokenizer of model.backbone = {name}. "
-                        "Leave model.tokenizer out (dataset.embedded=true sets it, too).")
+        raise UserError(f"model.tokenizer = {where} gives tokens other numbers than the tokenizer of model.backbone = "
+                        f"{name}. Leave model.tokenizer out (dataset.embedded=true sets it, too).")
 
 # %% ../nbs/training/07_runs.ipynb #687048b9
 def prepare(
@@ -269,7 +273,8 @@ def _out_of_memory(e):
     said = any(s in str(e) for s in ("can't allocate memory", 'not enough memory'))
     return said or isinstance(e, (torch.OutOfMemoryError, MemoryError))
 
-def _lost_peer(e): return any(s in str(e) for s in ('closed by peer', 'Connection reset', 'gloo', 'NCCL', 'ProcessGroup'))
+def _lost_peer(e):
+    return any(s in str(e) for s in ('closed by peer', 'Connection reset', 'gloo', 'NCCL', 'ProcessGroup'))
 
 def _memory_advice(config):
     t, length = config.training, config.dataset.max_length
@@ -278,7 +283,8 @@ def _memory_advice(config):
         smaller = (f"training.batch_size={max(1, t.batch_size//2)} with training.gradient_accumulation_steps="
                    f"{t.gradient_accumulation_steps*2} (the effective batch stays)")
     other = '' if t.gradient_checkpointing else ', or set training.gradient_checkpointing=true'
-    return f"Out of memory with training.batch_size={t.batch_size} and dataset.max_length={length}. Lower it to {smaller}{other}."
+    now = f"training.batch_size={t.batch_size} and dataset.max_length={length}"
+    return f"Out of memory with {now}. Lower it to {smaller}{other}."
 
 def _note_error(text)->bool: # whether this process is the first to fail
     folder = os.environ.get('WMTP_RUN_DIR')
@@ -300,7 +306,7 @@ def _exit_for(e, config): # for an exception that is no message yet; returns if 
         _exit(f"rank {os.environ['RANK']} lost another process ({str(e).splitlines()[0][:200]})", 1, quiet=True)
     _note_error(f'{type(e).__name__}: {e}')
 
-def _leave(): # with work done and files closed: at a normal exit gloo's threads abort the process now and then (2 of 28)
+def _leave(): # with work done and files closed: at a normal exit gloo's threads abort the process now and then
     dist.barrier()
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(0)
@@ -311,7 +317,8 @@ def pipeline_main(
     argv=None, # Words after the command (default: the process's own)
 ):
     "Parse `--config` and `--override`, run, and turn errors into readable messages and exit codes."
-    p = argparse.ArgumentParser(prog=f'python -m weighted_mtp.pipelines.run_{pipeline}', description=f'Run the pipeline {pipeline}.')
+    p = argparse.ArgumentParser(prog=f'python -m weighted_mtp.pipelines.run_{pipeline}',
+                                description=f'Run the pipeline {pipeline}.')
     p.add_argument('--config', required=True, help=f'YAML file, such as configs/{pipeline}/{pipeline}_micro.yaml')
     p.add_argument('--override', action='append', default=[], metavar='KEY=VALUE',
                    help='change one config key, such as training.batch_size=8; may be repeated')

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from .checkpoints import save_epoch_checkpoint, restore_random_states
+from .checkpoints import save_epoch_checkpoint, set_random_states
 from .config import UserError, steps_per_epoch, total_steps
 from .optim import check_gradients, make_optimizer, make_scheduler
 from .sharding import full_tensor, gradient_sync, shard
@@ -151,7 +151,7 @@ def optimizer_steps(trainer):
     accum = trainer.config.training.gradient_accumulation_steps
     epoch, done = divmod(trainer.step, trainer.steps_per_epoch)
     def wind():
-        if trainer.random: restore_random_states(trainer.random)
+        if trainer.random: set_random_states(trainer.random)
         trainer.random = None
     while trainer.step < trainer.max_steps:
         loader = trainer.accelerator.skip_first_batches(trainer.batches, done*accum) if done else trainer.batches

@@ -242,9 +242,10 @@ def on_sigterm(call):
 @contextmanager
 def _progress_bar(trainer, show:bool):
     "Inside, a bar counts steps and shows the loss, on rank 0, and every log is printed."
-    with tqdm(total=trainer.max_steps, initial=trainer.step, unit='step', dynamic_ncols=True, disable=not show) as bar:
-        if show and trainer.accelerator.is_main_process: trainer.bar = bar
-        try: yield
+    hidden = not (show and trainer.accelerator.is_main_process)
+    with tqdm(total=trainer.max_steps, initial=trainer.step, unit='step', dynamic_ncols=True, disable=hidden) as bar:
+        if not hidden: trainer.bar = bar
+        try: yield bar
         finally: trainer.bar = None
 
 def _log_summary(
@@ -271,7 +272,7 @@ def train(
     every = max(1, round(trainer.config.checkpoint.save_checkpoint_every * trainer.steps_per_epoch))
     trainer.window, trainer.loss_sum = Window(torch.zeros_like(trainer.window.loss), first), 0.
     stopped = accelerator.check_trigger() # makes the flag that SIGTERM sets
-    with _progress_bar(trainer, progress), on_sigterm(accelerator.set_trigger):
+    with _progress_bar(trainer, progress) as bar, on_sigterm(accelerator.set_trigger):
         model.zero_grad()
         for batches in optimizer_steps(trainer):
             objective.progress = trainer.step/trainer.max_steps # its phases and schedules follow
@@ -298,6 +299,7 @@ def train(
             trainer.scheduler.step()
             model.zero_grad()
             trainer.step += 1
+            bar.update()
 
             stopped = accelerator.check_trigger()
             due = saves and (trainer.step % every == 0 or trainer.step == trainer.max_steps)

@@ -146,7 +146,7 @@ def test_every_pipeline_through_the_launch_notebook(root, launched, pipeline, ng
     assert launched.returncode == 0, launched.stderr[-3000:]
     record, result = (json.loads((folder/f).read_text()) for f in ('record.json', 'result.json'))
     assert record['status'] == 'completed' and record['plan']['effective_batch'] == 24
-    assert (folder/'log.txt').read_text().count('train.jsonl:') == 1 # only rank 0 speaks
+    assert (folder/'log.txt').read_text().count('/train.jsonl:') == 1 # only rank 0 prints
     ckpt = root/'storage/checkpoints'/pipeline/f'{pipeline}-{ngpus}'
     assert torch.load(ckpt/'checkpoint_final.pt', weights_only=True)['step'] == 26 and not list(ckpt.glob('*.part'))
     assert (root/result['checkpoints']['best']).is_file()

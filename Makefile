@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo lab test export readme clean
+.PHONY: help install demo lab test lint docs export readme clean
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -33,5 +33,10 @@ export: .venv/.installed ## After editing notebooks: modules, clean notebooks, R
 readme: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb --log-level WARN
 
+docs: .venv/.installed ## Build the documentation site: site/index.html
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build -q -d '$(SITE)'
+	@echo 'Open $(SITE)/index.html'
+SITE ?= $(CURDIR)/site
+
 clean: ## Remove what runs leave behind (records, checkpoints, data); .venv stays
-	rm -rf storage mlruns && find runs -mindepth 1 -not -name README.md -delete
+	rm -rf storage mlruns site && find runs -mindepth 1 -not -name README.md -delete

@@ -47,7 +47,7 @@ def train(config, length): # a run from backbone to checkpoint, on made-up sampl
     from weighted_mtp.data import Sample
     from weighted_mtp.policies import OBJECTIVES
     from weighted_mtp.sampling import PairDataset, SolutionDataset
-    from weighted_mtp.training import fit, load_parts
+    from weighted_mtp.runs import fit, load_parts
     tokenizer, backbone = load_parts(config)
     objective = {'critic': CriticObjective, **OBJECTIVES}[config.pipeline](config, tokenizer, backbone)
     t, processes = config.training, int(os.environ.get('WORLD_SIZE', 1))
@@ -68,7 +68,7 @@ def free_port():
 def measure(root, case, n, port, rank): # growth of this process's peak
     from weighted_mtp.config import apply_overrides
     from weighted_mtp.synthetic import make_micro_model
-    from weighted_mtp.training import load_parts, prepare
+    from weighted_mtp.runs import load_parts, prepare
     if n > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
                            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))

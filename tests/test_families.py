@@ -13,7 +13,7 @@ from weighted_mtp import drafting, generation
 from weighted_mtp.config import UserError
 from weighted_mtp.models import (MTPForCausalLM, build_policy, build_value_model, check_logits, export_backbone,
                                  load_backbone, load_policy, load_value_model, save_checkpoint)
-from weighted_mtp.training import check_gradients
+from weighted_mtp.optim import check_gradients
 
 REPO, V = Path(__file__).resolve().parent.parent, 64
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -208,7 +208,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_training_on_compressed_files(tmp_path, tokenizer, monkeypatch):
     """`dataset.train=x.jsonl.gz` gives the same weights and validation loss as the plain file."""
     from weighted_mtp.policies import PolicyObjective
-    from weighted_mtp.training import fit, load_parts
+    from weighted_mtp.runs import fit, load_parts
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('WMTP_RUN_DIR', raising=False)
     tokenizer.save_pretrained('tokenizer')

@@ -21,7 +21,7 @@ from .losses import pairwise_loss, value_loss
 from .models import build_value_model
 from .report import critic_picture, write_page
 from .sampling import load_pairs
-from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
+from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import lambda_returns, lambda_schedule, td_errors
 
 # %% ../nbs/training/08_critic.ipynb #9af80d12

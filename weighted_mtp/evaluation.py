@@ -25,7 +25,7 @@ from .generation import NoRoom, generate
 from .jsonl import check_file, read_jsonl
 from .models import load_backbone, load_policy, read_checkpoint
 from .sandbox import Result, check_packages, run_tests_batch, protections
-from .training import is_main, print_metrics, record_dir, tracked_run
+from .runs import is_main, print_metrics, record_dir, tracked_run
 
 # %% ../nbs/evaluation/09_evaluation.ipynb #40651612
 def pass_at_k(

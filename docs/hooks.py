@@ -39,16 +39,16 @@ def cell(text): return str(text).replace('|', '\\|').replace('\n', ' ')
 
 def key_rows(cls, settings, prefix=''):
     "Of each key: what it may be, its default and what it means, from the field's comment."
-    from weighted_mtp import config
+    from weighted_mtp.config_fields import allowed
     hints, about = get_type_hints(cls), docments(cls)
     for f in fields(cls):
         if is_dataclass(hints[f.name]): continue
         s = settings[prefix+f.name]
-        yield f'| `{s.key}` | {cell(config.allowed(s))} | `{cell(json.dumps(s.default))}` | {cell(about.get(f.name) or "")} |'
+        yield f'| `{s.key}` | {cell(allowed(s))} | `{cell(json.dumps(s.default))}` | {cell(about.get(f.name) or "")} |'
 
 def config_page():
-    from weighted_mtp import config
-    settings, hints = config.schema(), get_type_hints(config.Config)
+    from weighted_mtp.schema import Config, schema
+    settings, hints = schema(), get_type_hints(Config)
     parts = ['# Every config key', '', 'Generated from the schema: the same table that reading, checking and error messages go by. '
              'A key is set in a YAML file of `configs/` or by `--override key=value`.']
     def table(title, cls, prefix):
@@ -56,11 +56,11 @@ def config_page():
         if rows: parts.extend(['', f'## {title}', '', '| key | may be | default | meaning |', '|---|---|---|---|', *rows])
         for name, hint in get_type_hints(cls).items():
             if is_dataclass(hint): table(f'{prefix}{name}', hint, f'{prefix}{name}.')
-    table('the run', config.Config, '')
+    table('the run', Config, '')
     return '\n'.join(parts)
 
 def site_page():
-    from weighted_mtp.config import Site
+    from weighted_mtp.launch_site import Site
     about = docments(Site)
     rows = [f'| `{f.name}` | {cell(about.get(f.name) or "")} |' for f in fields(Site)]
     return '\n'.join(['# settings.ini', '', 'Where runs are sent: the launch site. `.env` (from `.env.example`) holds the keys.',

@@ -37,7 +37,7 @@ def test_pages_load_nothing_from_a_network(site):
     assert not [str(p.relative_to(site)) for p in site.rglob('*.html') if loads.search(p.read_text())]
 
 def test_every_config_key_is_explained(site):
-    from weighted_mtp.config import config_keys
+    from weighted_mtp.schema import config_keys
     rows = {r.find('code').text: [c.text for c in r.find_all('td')]
             for r in BeautifulSoup((site/'config.html').read_text(), 'html.parser').find_all('tr') if r.find('code')}
     assert rows.keys() == set(config_keys())

@@ -67,8 +67,8 @@ def free_port():
 
 def measure(root, case, n, port, rank): # growth of this process's peak
     from weighted_mtp.config import apply_overrides
-    from weighted_mtp.synthetic import make_micro_model
     from weighted_mtp.runs import load_parts, prepare
+    from weighted_mtp.synthetic import make_micro_model
     if n > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
                            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))

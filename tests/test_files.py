@@ -3,12 +3,13 @@ import gzip, json, tracemalloc
 
 import pytest
 
-from weighted_mtp.config import Config, UserError, load_config
+from weighted_mtp.config import UserError, load_config
 from weighted_mtp.corpus import open_corpus
 from weighted_mtp.data import format_prompt, read_solutions
 from weighted_mtp.evaluation import evaluate, load_benchmark
 from weighted_mtp.jsonl import read_jsonl
 from weighted_mtp.sampling import load_pairs, load_solutions
+from weighted_mtp.schema import Config
 from weighted_mtp.storage import read_rows, setup_data
 
 from test_storage import REPO

@@ -179,8 +179,8 @@ def test_full_disk_keeps_the_previous_checkpoint(project, first):
     device of its own."""
     code = '''
 import signal, sys, torch
-from weighted_mtp.models import load_value_model, save_checkpoint
 from weighted_mtp.config import UserError
+from weighted_mtp.models import load_value_model, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN) # the write then fails with an error, as on a full disk
 model = load_value_model(sys.argv[1])
 try: save_checkpoint(sys.argv[1], model, step=99)

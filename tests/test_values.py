@@ -9,8 +9,11 @@ from typing import get_type_hints
 import nbformat, pytest, yaml
 from omegaconf import OmegaConf
 
-from weighted_mtp.config import (SECRET_NAMES, Config, EnvWarning, UserError, apply_overrides, flatten, known_secrets,
-                                 load_config, load_env, load_site, plain, quoted, read_override, schema, to_yaml)
+from weighted_mtp.config import (UserError, apply_overrides, load_config, load_site, plain, quoted, read_override,
+                                 to_yaml)
+from weighted_mtp.env_secrets import SECRET_NAMES, EnvWarning, known_secrets, load_env
+from weighted_mtp.files import flatten
+from weighted_mtp.schema import Config, schema
 
 REPO = Path(__file__).resolve().parent.parent
 CASES = REPO.parent/'shared'/'cases'

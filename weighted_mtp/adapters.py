@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import UserError, nearest
+from .files import UserError, nearest
 
 # %% ../nbs/models/01_adapters.ipynb #1ac6e78f
 LORA_KEYS = ('r', 'alpha', 'dropout', 'target_modules')

@@ -17,7 +17,7 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForC
 from transformers.configuration_utils import SubConfigSpec
 
 from .adapters import add_lora, low_rank_terms
-from .config import UserError
+from .files import UserError
 
 # %% ../nbs/models/02_backbones.ipynb #5a1c0f02
 def _multiplies(field): return lambda c: getattr(c, field)

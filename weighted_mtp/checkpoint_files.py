@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import LoraLayer
 
-from .config import UserError
+from .files import UserError
 from .logit_check import check_logits
 from .model_building import build_policy, load_backbone
 from .mtp_model import MTPForCausalLM

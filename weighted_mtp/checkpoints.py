@@ -15,7 +15,8 @@ import numpy as np
 import torch, yaml
 from accelerate.utils import gather_object
 
-from .config import flatten, to_yaml
+from .config import to_yaml
+from .files import flatten
 from .models import read_checkpoint, save_checkpoint
 from .optim import make_scheduler
 from .sharding import full_optimizer_state, full_state_dict, load_full_optimizer_state, load_full_state_dict

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from fastcore.script import call_parse
 
-from .config import UserError
+from .files import UserError
 from .launch import Run, launch, relaunch
 from .outcomes import outcome
 from .records import FINAL, list_records, read_record, short_path

@@ -178,14 +178,3 @@ def total_steps(
 
 # %% ../nbs/00_config.ipynb #a2fd3f9e
 _all_ = ['UserError', 'load_site', 'project_root']
-
-# %% ../nbs/00_config.ipynb #reexport
-# Until every module imports these from where they are defined.
-from .config_fields import Interval, Setting, allowed, interval, setting
-from .config_values import read_boolean as read_truth, read_integer as read_whole, read_number
-from .env_secrets import (ENV_HINT, SECRET_NAMES, EnvLine, EnvWarning, check_env, known_secrets, load_env,
-                                      read_env_lines, vessl_tokens)
-from .files import flatten, locked, read_json, write_text
-from .launch_site import Site
-from .schema import (PIPELINES, Checkpoint, Critic, DataSampling, Dataset, Distributed, Evaluation,
-                                 Experiment, Fsdp, Lora, Mlflow, Model, Training, config_keys)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .config import UserError, locked
 from .data import (CHUNK, DATA_HINT, KINDS, Sample, encode_prompts, encode_responses, format_prompt, join,
                                prompt_of, read_lines)
+from .files import UserError, locked
 from .jsonl import check_file
 
 # %% ../nbs/data/03_corpus.ipynb #d8b0964a

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import UserError
+from .files import UserError
 from .jsonl import CHUNK, read_jsonl
 
 # %% ../nbs/data/02_data.ipynb #eb1c4f12

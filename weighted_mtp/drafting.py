@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .backbones import block_states, final_norm
-from .config import UserError
+from .files import UserError
 from .mtp_model import MTPForCausalLM
 
 # %% ../nbs/models/10_drafting.ipynb #b25dc313

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .config import UserError, project_root, read_json, total_steps
+from .config import total_steps
+from .files import UserError, project_root, read_json
 from .model_sizes import (architecture, as_attributes, count_parameters, inference_parameters,
                                       matrix_parameters, other_model)
 

@@ -13,11 +13,13 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 from traitlets import TraitError
 
-from .config import PIPELINES, UserError, config_keys, load_site, nearest, read_json
+from .files import UserError, nearest, read_json
 from .launch import Run, new_run
+from .launch_site import load_site
 from .plan import estimate_rows, make_plan
 from .records import FINAL, TARGET_NAMES, best_checkpoint, read_record, read_records
 from .request import DEFAULTS, split_overrides
+from .schema import PIPELINES, config_keys
 from .vessl_run import run_yaml_text
 
 # %% ../nbs/launching/16_form.ipynb #cc7f6756

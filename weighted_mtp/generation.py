@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteriaList, StopStringCriteria, set_seed
 
 import weighted_mtp.drafting # gives `MTPForCausalLM.generate` its `use_mtp`
-from .config import UserError
+from .files import UserError
 from .mtp_model import MTPForCausalLM
 
 # %% ../nbs/models/11_generation.ipynb #9abaeb66

@@ -10,7 +10,7 @@ import gzip, io, json, re, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import UserError
+from .files import UserError
 
 # %% ../nbs/data/01_jsonl.ipynb #724b15fd
 def check_file(

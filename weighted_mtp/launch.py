@@ -8,9 +8,10 @@ __all__ = ['OUTPUT_FEEDS', 'new_run', 'launch', 'relaunch', 'workflow', 'Run', '
 # %% ../nbs/launching/14_launch.ipynb #b31af45f
 from omegaconf import OmegaConf
 
-from .config import UserError, quoted, to_yaml
-from .launch_notebook import keep_notebook, request_notebook
-from .launch_notebook import notebook_request # from here too: notebooks of earlier records import it so
+from .config import quoted, to_yaml
+from .files import UserError
+# from here too: notebooks of earlier records import it so
+from .launch_notebook import keep_notebook, request_notebook, notebook_request
 from .outcomes import vessl_links
 from .plan import Plan, estimate_rows, make_plan # make_plan: from here too
 from .records import FINAL, best_checkpoint, load_record, new_record, read_records, short_path

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from .config import UserError, nearest, project_root, write_text
+from .files import UserError, nearest, project_root, write_text
 from .records import short_path, update_record
 from .request import DEFAULTS
 

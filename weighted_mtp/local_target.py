@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from .config import UserError, load_env, project_root, read_json
+from .env_secrets import load_env
+from .files import UserError, project_root, read_json
 from .records import now, read_record, record_folder, update_record
 
 # %% ../nbs/launching/08_local_target.ipynb #c3a94ae6

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .backbones import recurrent_state_error
-from .config import UserError
+from .files import UserError
 
 # %% ../nbs/models/03_logit_check.ipynb #5a1c0f07
 def has_only_attention(

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from .checkpoints import save_epoch_checkpoint, set_random_states
-from .config import UserError, steps_per_epoch, total_steps
+from .config import steps_per_epoch, total_steps
+from .files import UserError
 from .optim import check_gradients, make_optimizer, make_scheduler
 from .sharding import full_tensor, gradient_sync, shard
 

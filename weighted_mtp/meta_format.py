@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaTokenizerFast
 
-from .config import UserError, read_json
+from .files import UserError, read_json
 from .mtp_model import MTPConfig, MTPForCausalLM
 
 # %% ../nbs/models/07_meta_format.ipynb #bef27979

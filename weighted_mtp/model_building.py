@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import check_lora
 from .backbones import check_backbone
-from .config import UserError
+from .files import UserError
 from .logit_check import check_logits
 from .mtp_model import MTPForCausalLM, check_n_heads
 from .value_model import ValueConfig, ValueModel

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .config import UserError, project_root, read_json
+from .files import UserError, project_root, read_json
 
 # %% ../nbs/models/12_model_sizes.ipynb #44c877ab
 VOCAB = 1024 # tokens of the embedded tokenizer, at most

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import (BackboneConfig, BackboneModel, block_states, check_backbone, decoder_blocks,
                                     final_norm)
-from .config import UserError
+from .files import UserError
 from .logit_check import check_logits
 from .losses import mtp_loss, mtp_token_cross_entropy
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .config import UserError
+from .files import UserError
 
 # %% ../nbs/training/03_optim.ipynb #0ed96302
 def lr_factor(

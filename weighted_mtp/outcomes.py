@@ -10,7 +10,8 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from .config import load_site, project_root
+from .files import project_root
+from .launch_site import load_site
 from .local_target import log_tail
 from .records import short_path
 from .vessl_client import VesslError

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .config import UserError, load_site, project_root, read_json, redact
+from .env_secrets import redact
 from .estimate import Estimate, estimate, measured_step
+from .files import UserError, project_root, read_json
+from .launch_site import load_site
 from .preflight import (leaked_secrets, local_blockers, local_warnings, other_pipeline, vessl_blockers,
                                     vessl_warnings)
 from .request import check_request, config_file, load_config_file, request_overrides, resolve_config

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .config import (UserError, apply_overrides, check_env, flatten, known_secrets, load_env, parse_yaml,
-                                 project_root, read_json, read_utf8, vessl_tokens)
+from .config import apply_overrides
+from .config_values import parse_yaml
+from .env_secrets import check_env, known_secrets, load_env, vessl_tokens
+from .files import UserError, flatten, project_root, read_json, read_utf8
 from .records import git_state, on_remote, read_records, short_path
 from .request import path_exists
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from .config import UserError, flatten, locked, project_root, read_json, write_text
+from .files import UserError, flatten, locked, project_root, read_json, write_text
 
 # %% ../nbs/launching/01_records.ipynb #306bd410
 def now()->str:

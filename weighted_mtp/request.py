@@ -11,9 +11,12 @@ import json, numbers, os, re
 from functools import lru_cache
 from pathlib import Path
 
-from .config import (PIPELINES, UserError, apply_overrides, load_config, nearest, parse_yaml, project_root,
-                                 quoted, read_override, read_truth, read_whole, redact, unprintable)
+from .config import apply_overrides, load_config, quoted, read_override
+from .config_values import parse_yaml, read_boolean, read_integer, unprintable
+from .env_secrets import redact
+from .files import UserError, nearest, project_root
 from .records import TARGET_NAMES, short_path
+from .schema import PIPELINES
 
 # %% ../nbs/launching/03_request.ipynb #8213201c
 DEFAULTS = dict(pipeline=None, ngpus=None, batch_size=None, grad_accum=None, critic_checkpoint=None,
@@ -61,7 +64,7 @@ def _check_choice(name, value, allowed, problems):
 
 def _check_count(name, value, problems): # optional, at least 1
     if value is None: return None
-    try: n = read_whole(value)
+    try: n = read_integer(value)
     except ValueError: n = 0
     if n >= 1: return n
     problems.append(f"{name} = {value!r}: must be a whole number of at least 1.")
@@ -108,7 +111,7 @@ def check_request(
     r['effective_batch'] = _check_count('effective_batch', given['effective_batch'], problems)
     r['overrides'] = _check_overrides(given['overrides'], problems)
     r['target'] = _check_choice('target', given['target'], TARGET_NAMES, problems)
-    try: r['dry_run'] = read_truth(given['dry_run'])
+    try: r['dry_run'] = read_boolean(given['dry_run'])
     except ValueError: problems.append(f"dry_run = {given['dry_run']!r}: must be True or False.")
     r.setdefault('dry_run', True)
     r['config'] = _check_text('config', given['config'], problems)

@@ -10,7 +10,7 @@ import sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError, read_json
+from .files import UserError, read_json
 from .launch_notebook import in_papermill
 from .local_target import log_tail
 from .outcomes import failure_message, outcome

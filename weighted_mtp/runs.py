@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from .checkpoints import (BEST, FINAL, config_fingerprint, epoch_checkpoints, newest_checkpoint, restore,
                                       save_file)
-from .config import UserError, flatten, load_config, project_root, read_json, to_yaml, write_text
+from .config import load_config, to_yaml
 from .data import vocabulary_id
+from .files import UserError, flatten, project_root, read_json, write_text
 from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
 from .remote import Tracker, Uploader

@@ -10,8 +10,8 @@ __all__ = ['usable', 'describe_unused', 'make_pairs', 'draw', 'draw_epochs', 'Dr
 import numpy as np
 from torch.utils.data import Dataset
 
-from .config import UserError
 from .corpus import open_corpus
+from .files import UserError
 
 # %% ../nbs/data/04_sampling.ipynb #92938d69
 def usable(

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .config import locked
 from .data import format_prompt
 from .families import FAMILIES
+from .files import locked
 from .mutation import changed_span, mutate
 from .problems import Problem, make_problems, outcomes, sibling # make_problems also for who imports it here
 

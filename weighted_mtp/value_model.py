@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .adapters import add_lora
 from .backbones import BackboneConfig, BackboneModel
-from .config import UserError
+from .files import UserError
 
 # %% ../nbs/models/05_value_model.ipynb #0409e92f
 def token_surprise(

@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .config import UserError, load_site, redact
+from .env_secrets import redact
+from .files import UserError
+from .launch_site import load_site
 
 # %% ../nbs/launching/07_vessl_client.ipynb #39c366a9
 class VesslError(UserError):

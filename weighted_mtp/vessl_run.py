@@ -10,7 +10,7 @@ import shlex
 
 import yaml
 
-from .config import SECRET_NAMES
+from .env_secrets import SECRET_NAMES
 
 # %% ../nbs/launching/04_vessl_run.ipynb #b0f3d4a5
 INLINE = '***' # placeholder for a secret's value

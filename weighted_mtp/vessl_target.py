@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 from fastcore.basics import patch
 
-from .config import UserError, load_env, read_json, redact, write_text
+from .env_secrets import load_env, redact
+from .files import UserError, read_json, write_text
 from .local_target import split_lines
 from .records import FINAL, alive, now, record_folder, update_record
 from .vessl_client import VESSL, VesslError

@@ -42,7 +42,7 @@ def test_every_config_key_is_explained(site):
             for r in BeautifulSoup((site/'config.html').read_text(), 'html.parser').find_all('tr') if r.find('code')}
     assert rows.keys() == set(config_keys())
     assert not [key for key, (_, may_be, default, meaning) in rows.items() if not (may_be and default and meaning)]
-    assert '(0, 1]' in rows['training.k_percent'][1]
+    assert rows['training.k_percent'][1] == 'a number above 0 and at most 1'
 
 @pytest.mark.skipif(not os.path.exists(CHROMIUM), reason='no chromium')
 @pytest.mark.parametrize('width', [1300, 390])

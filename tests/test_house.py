@@ -92,7 +92,7 @@ def test_no_private_name_of_a_library_is_used(path):
              if is_private(a.name) or any(is_private(part) for part in (n.module or '').split('.'))}
     assert not {(line, word) for line, word in used if word not in own}
 
-WRITTEN_BY_PYTHON = {'_abc_impl', '_backward_cls'} # by the metaclasses of ABC and of autograd.Function
+WRITTEN_BY_PYTHON = {'_abc_impl', '_is_protocol', '_is_runtime_protocol', '_backward_cls'} # by metaclasses
 
 def overridden(cls):
     "Private names of libraries' classes that a class of ours gives a meaning of its own."

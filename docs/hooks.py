@@ -39,8 +39,9 @@ def cell(text): return str(text).replace('|', '\\|').replace('\n', ' ')
 
 def config_page():
     from weighted_mtp.schema import key_table
-    parts = ['# Every config key', '', 'Generated from the schema: the table that reading, checking and error messages go '
-             'by. A key is set in a YAML file of `configs/` or by `--override key=value`.']
+    about = ('Generated from the schema, which reading, checking and error messages go by, too. '
+             'A key is set in a YAML file of `configs/` or by `--override key=value`.')
+    parts = ['# Every config key', '', about]
     for section, rows in groupby(key_table(), lambda row: row['key'].rpartition('.')[0]):
         parts += ['', f"## {section or 'the run'}", '', '| key | may be | default | meaning |', '|---|---|---|---|']
         for row in rows:
@@ -52,8 +53,9 @@ def site_page():
     from weighted_mtp.launch_site import Site
     about = docments(Site)
     rows = [f'| `{f.name}` | {cell(about.get(f.name) or "")} |' for f in fields(Site)]
-    return '\n'.join(['# settings.ini', '', 'Where runs are sent: the launch site. `.env` (from `.env.example`) holds the keys.',
-                      '', '| name | meaning |', '|---|---|', *rows, '', '```ini', (ROOT/'settings.ini').read_text(), '```'])
+    about = 'Where runs are sent: the launch site. `.env` (from `.env.example`) holds the keys.'
+    file = ['```ini', (ROOT/'settings.ini').read_text(), '```']
+    return '\n'.join(['# settings.ini', '', about, '', '| name | meaning |', '|---|---|', *rows, '', *file])
 
 def help_of(command):
     words = command.split()
@@ -71,7 +73,7 @@ def cli_page():
 def readme_page(): return local_links((ROOT/'README.md').read_text())
 
 def local_links(text):
-    "README's links, which start at the repository, as links within the site; docs/notebooks is a link to nbs/."
+    "README's links, which start at the repository, as links within the site; docs/notebooks is nbs/."
     text = re.sub(r'\]\(docs/([^)]+)\)', r'](\1)', text)
     text = text.replace('](runs/README.md)', '](records.md)')
     text = re.sub(r'\]\(CONTRIBUTING\.md\)', '](contributing.md)', text).replace('](CHANGELOG.md)', '](changelog.md)')

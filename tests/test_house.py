@@ -26,7 +26,9 @@ def too_long(text):
     text = re.sub(r'^__all__ = \[.*?\]', lambda m: '\n'*m[0].count('\n'), text, flags=re.S | re.M)
     return [i for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH and not re.search(r'https?://\S{60}', line)]
 
-@pytest.mark.parametrize('path', MODULES + sorted((REPO/'tests').glob('*.py')), ids=name)
+SCRIPTS = [p for folder in ('tests', 'docs') for p in sorted((REPO/folder).glob('*.py'))]
+
+@pytest.mark.parametrize('path', MODULES + SCRIPTS, ids=name)
 def test_lines_of_python_are_short(path):
     assert not too_long(path.read_text())
 

@@ -6,7 +6,7 @@ import pytest
 
 from weighted_mtp import model_evaluation
 from weighted_mtp.answer_tests import check_references
-from weighted_mtp.config import UserError, load_config
+from weighted_mtp.files import UserError, load_config
 from weighted_mtp.errors import error_of
 from weighted_mtp.evaluation import evaluate, run_evaluation, wmtp_evaluate
 from weighted_mtp.generation import Generation, NoRoom

@@ -3,12 +3,13 @@ import gzip, json, tracemalloc
 
 import pytest
 
-from weighted_mtp.config import Config, UserError, load_config
+from weighted_mtp.config import UserError, load_config
 from weighted_mtp.corpus import open_corpus
 from weighted_mtp.data import format_prompt, read_solutions
 from weighted_mtp.evaluation import evaluate, load_benchmark
 from weighted_mtp.jsonl import read_jsonl
 from weighted_mtp.sampling import load_pairs, load_solutions
+from weighted_mtp.schema import Config
 from weighted_mtp.storage import read_rows, setup_data
 
 from test_storage import REPO
@@ -208,7 +209,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_training_on_compressed_files(tmp_path, tokenizer, monkeypatch):
     """`dataset.train=x.jsonl.gz` gives the same weights and validation loss as the plain file."""
     from weighted_mtp.policies import PolicyObjective
-    from weighted_mtp.training import fit, load_parts
+    from weighted_mtp.runs import fit, load_parts
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('WMTP_RUN_DIR', raising=False)
     tokenizer.save_pretrained('tokenizer')
@@ -233,16 +234,17 @@ def test_training_on_compressed_files(tmp_path, tokenizer, monkeypatch):
 
 def test_benchmark_from_a_compressed_file(tmp_path, tokenizer, monkeypatch):
     """Named after its file; and the pipeline's key takes it."""
-    from weighted_mtp import evaluation
+    from weighted_mtp import evaluation, model_evaluation
     from weighted_mtp.generation import Generation
     answer = Generation('x = 1', [1], 'eos', 1)
-    monkeypatch.setattr(evaluation, 'generate', lambda model, tokenizer, prompts, **kw: [answer]*len(prompts))
+    def generate(model, tokenizer, prompts, **kw): return [answer]*len(prompts)
+    monkeypatch.setattr(model_evaluation, 'generate', generate)
     f = tmp_path/'mine.problems.jsonl.gz'
     f.write_bytes(gzip.compress(lines([problem(i) for i in range(2)], '\r\n')))
     found = evaluate(None, tokenizer, str(f), folder=tmp_path/'out', progress=False)
     assert found['benchmark'] == 'mine' and found['pass@1'] == 1 and (tmp_path/'out').joinpath(found['file']).is_file()
     config = load_config(REPO/'configs/evaluation/evaluation_micro.yaml', [f'evaluation.benchmarks=[{f}]'])
-    assert [evaluation._benchmark(n, config) for n in config.evaluation.benchmarks] == [str(f)]
+    assert [evaluation._benchmark_file(n, config) for n in config.evaluation.benchmarks] == [str(f)]
 
 def test_compressed_downloads(tmp_path):
     """`wmtp-setup data … --from`: of each source the file that people have, compressed."""

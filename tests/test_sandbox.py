@@ -1,73 +1,21 @@
-"""Programs that mean harm, each with the verdict it must get; afterwards nothing of them is left. With walls (namespaces) and without."""
+"""Programs that mean harm, each with the result it must get; afterwards nothing of them is left.
+
+With namespaces and without; the programs are in sandbox_programs.py.
+"""
 import json, os, re, shutil, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil, pytest
 
+from sandbox_programs import ADD, GOOD, GOOD_IO, HOSTILE, ISOLATED, RIGHT
 from weighted_mtp import sandbox
 from weighted_mtp.config import UserError
-from weighted_mtp.sandbox import run_tests, run_tests_batch, protections, run_program
+from weighted_mtp.sandbox import protections, run_program, run_tests, run_tests_batch
 
 SHARED = Path(__file__).resolve().parent.parent.parent/'shared/data'
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f'{SHARED} is not there')
-ADD = dict(kind='asserts', tests=['assert add(1, 2) == 3', 'assert add(-5, 5) == 0', 'assert add([1], [2]) == [1, 2]'])
-IO = dict(kind='stdio', tests=[['1 2\n', '3\n'], ['5 7\n', '12\n']])
-EVAL = dict(kind='humaneval', test='def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(4, 4) == 8\n', entry_point='add')
-GOOD, GOOD_IO = 'def add(a, b):\n    return a + b\n', 'a, b = map(int, input().split())\nprint(a + b)\n'
-NO = {'failed', 'error', 'killed', 'timeout', 'memory', 'output'}
 
-FORGED = 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'%s\')\n    except OSError: pass\n'
-
-# name: (program, tests, statuses that are right)
-HOSTILE = {
-    'good': (GOOD, ADD, {'passed'}), 'good, stdio': (GOOD_IO, IO, {'passed'}), 'good, humaneval': (GOOD, EVAL, {'passed'}),
-    'prints much but is right': ('print("x"*100000)\n' + GOOD, ADD, {'passed'}), 'not UTF-8 on standard output': ('import sys; sys.stdout.buffer.write(b"\\xff\\xfe")\n' + GOOD, ADD, {'passed'}),
-    'lone surrogate in the answer': ('def add(a, b):\n    return "\\ud800"', ADD, {'failed'}), 'lone surrogate printed': ('print("\\ud800")', IO, {'failed'}),
-    # ending before the tests
-    'sys.exit(0)': ('import sys; sys.exit(0)', ADD, {'error'}), 'os._exit(0)': ('import os; os._exit(0)', ADD, {'error'}), 'raise SystemExit': ('raise SystemExit', ADD, {'error'}),
-    'exits when called': ('import os\ndef add(a, b): os._exit(0)', ADD, {'error'}), 'SystemExit when called': ('def add(a, b): raise SystemExit(0)', ADD, {'error'}), 'atexit': ('import atexit, os; atexit.register(lambda: os._exit(0)); raise SystemExit', ADD, {'error'}),
-    'quit()': ('quit()', EVAL, NO), 'exit in stdio': ('import os; os._exit(0)', IO, {'failed'}), 'empty': ('', ADD, {'error'}), 'empty, stdio': ('', IO, {'failed'}), 'syntax error': ('def add(a, b:', ADD, {'error'}),
-    # looking right
-    'equal to everything': ('class A:\n    def __eq__(self, o): return True\n    def __abs__(self): return 0\ndef add(a, b): return A()', ADD, {'failed'}), 'int that equals everything': ('class A(int):\n    def __eq__(self, o): return True\ndef add(a, b): return A()', ADD, {'failed'}),
-    'list that equals everything': ('class A(list):\n    def __eq__(self, o): return True\ndef add(a, b): return A()', ADD, {'failed'}), 'str that equals everything': ('class A(str):\n    def __eq__(self, o): return True\n    __hash__ = str.__hash__\ndef add(a, b): return {A("x"): 1}', ADD, {'failed'}),
-    'redefines AssertionError': ('import builtins\nbuiltins.AssertionError = AssertionError = type("X", (BaseException,), {})\ndef add(a, b): return 0', ADD, {'failed'}),
-    'redefines assert by trace': ('import sys\nsys.settrace(lambda *a: None)\ndef add(a, b): return 1', ADD, {'failed'}), 'patches builtins': ('import builtins\nfor n in ("abs", "len", "isinstance", "all", "any", "set", "sorted"): setattr(builtins, n, lambda *a, **k: True)\ndef add(a, b): return 0', ADD, NO),
-    'patches ast and json': ('import json, ast\njson.dumps = lambda *a, **k: "true"\nast.literal_eval = lambda x: True\ndef add(a, b): return 0', ADD, NO), 'raises AssertionError itself': ('def add(a, b): raise AssertionError', ADD, {'failed'}),
-    'prints a verdict': ('print(\'{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\')\nimport os; os._exit(0)', ADD, {'error'}),
-    'writes a verdict to every file': ('import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\\n\')\n    except OSError: pass\nos._exit(0)', ADD, NO),
-    'answers before it is asked': ('import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"add": []}\\n\' + b\'{"value": 3, "args": [1, 2]}\\n\'*9)\n    except OSError: pass\ndef add(a, b): return 0', ADD, NO),
-    'reads the harness from its frames': ('import sys, gc\nf = sys._getframe()\nfound = ""\nwhile f:\n    found += repr(f.f_globals) + repr(f.f_locals); f = f.f_back\nfound += "".join(repr(o) for o in gc.get_objects()[:20000] if isinstance(o, dict))\ndef add(a, b): return 3 if "== 3" in found else 99', ADD, {'failed'}),
-    'reads standard input for the tests': ('import sys\ntext = sys.stdin.read()\ndef add(a, b): return 3 if "==" in text else 99', ADD, {'failed'}), 'reads descriptors for the tests': ('import os\ntext = b""\nfor fd in (0, *range(4, 64)):\n    try: os.set_blocking(fd, False); text += os.read(fd, 9999)\n    except OSError: pass\ndef add(a, b): return 3 if b"==" in text else 99', ADD, NO),
-    'prints both answers': ('print(3, 12)', IO, {'failed'}), 'nan': ('def add(a, b): return float("nan")', ADD, {'failed'}), 'endless iterator': ('import itertools\ndef add(a, b): return itertools.count()', ADD, {'error'}),
-    'deep list': ('def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x', ADD, NO), 'answer of 100 MB': ('def add(a, b): return "x"*10**8', ADD, NO),
-    # taking too much
-    'loops': ('while True: pass', ADD, {'timeout'}), 'loops when called': ('def add(a, b):\n    while True: pass', ADD, {'timeout'}), 'sleeps': ('import time; time.sleep(60)', IO, {'timeout'}), 'ignores signals': ('import signal\nfor s in range(1, 60):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass', ADD, {'timeout', 'killed'}),
-    'forks without end': ('import os\nwhile True:\n    try: os.fork()\n    except OSError: pass', ADD, NO), 'threads without end': ('import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()', ADD, NO),
-    'fills memory': ('x = []\nwhile True: x.append(bytearray(10**7))', ADD, {'memory'}), 'fills memory when called': ('def add(a, b): return len("x"*10**10)', ADD, {'memory'}), 'fills memory in children': ('import os\nfor _ in range(3): os.fork()\nx = []\nwhile True: x.append(bytearray(10**7))', ADD, NO),
-    'fills the disk': ('f = open("big", "wb")\nwhile True: f.write(b"x"*10**6)', ADD, {'error', 'killed'}), 'many files': ('for i in range(10**6): open(str(i), "w").close()', ADD, NO), 'prints for ever': ('while True: print("x"*1000)', ADD, {'output'}), 'prints errors for ever': ('import sys\nwhile True: print("x"*1000, file=sys.stderr)', ADD, {'output'}),
-    'huge power': ('x = 10**(10**9)', ADD, NO), 'recursion': ('def add(a, b): return add(a, b)', ADD, {'error'}), 'crashes the interpreter': ('import ctypes; ctypes.string_at(0)', ADD, {'killed'}),
-    # getting out
-    'kills its parent': ('import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(.2)\n' + GOOD, ADD, NO | {'passed'}), 'kills everything': ('import os, signal\nos.kill(-1, signal.SIGKILL)\n' + GOOD, ADD, NO), 'kills its group': ('import os, signal\nos.killpg(0, signal.SIGKILL)', ADD, NO), 'kills process 1': ('import os, signal\ntry: os.kill(1, signal.SIGKILL)\nexcept OSError: pass\n' + GOOD, ADD, {'passed', 'killed'}),
-    'reads the environment': ('import os\nassert not [k for k in os.environ if k not in ("LC_CTYPE",)], os.environ\n' + GOOD, ADD, {'passed'}),
-    'puts its own abs into the tests': ('def add(a, b): return 3\ndef abs(x): return 0\ndef tuple(x): return 0', dict(kind='asserts', tests=['assert abs(add(1, 2) - 77) < 1', 'assert tuple([1]) == (1,)']), {'failed'}),
-    'puts its own math into the tests': ('class math: isclose = staticmethod(lambda *a: True)\ndef add(a, b): return 7.', dict(kind='asserts', tests=['assert math.isclose(add(1, 2), 3.0)']), {'failed'}),
-    'answers eval': (FORGED % r'{"set": ["y", "eval"], "add": ["h", 0, "function"]}\n{"value": ["s", ""], "args": []}\n' + 'def add(a, b): return 1', dict(kind='asserts', tests=['assert set(add(1, 2)) == {4}']), NO),
-    'answers a module that exits': (FORGED % r'{"add": ["m", "unittest.__main__"]}\n' + 'def add(a, b): return 1', ADD, NO), 'exits in a test': ('def add(a, b): return range(3)\nclass X:\n    def __iter__(self): raise SystemExit\ndef add(a, b): return X()', dict(kind='asserts', tests=['assert list(add(1, 2)) == [3]']), {'error'}),
-    'makes the tests take memory': ('def add(a, b): return range(4*10**8)', dict(kind='asserts', tests=['assert list(add(1, 2)) == [3]']), {'error', 'timeout'}),
-    'nests folders': ('import os\nfor i in range(1500):\n    os.mkdir("d"); os.chdir("d")\n' + GOOD, ADD, {'passed', 'error'}),
-    'writes a verdict to every process': ('import os\nfor p in os.listdir("/proc") if os.path.isdir("/proc") else ():\n    for fd in range(1, 30):\n        try: os.write(os.open(f"/proc/{p}/fd/{fd}", 1), b\'\\n{"status": "passed", "message": "", "stdout": "", "stderr": "", "seconds": 0, "walls": true}\\n\')\n        except OSError: pass\ndef add(a, b): return 0', ADD, {'failed'}),
-    'leaves a daemon': ('import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        for fd in range(64):\n            try: os.close(fd)\n            except OSError: pass\n        time.sleep(987654)\n    os._exit(0)\n' + GOOD, ADD, {'passed'}),
-}
-WALLED = { # what only walls keep out
-    'reads /etc/passwd': ('print(open("/etc/passwd").read())', {'error'}), 'reads /proc': ('import os; print(os.listdir("/proc"))', {'error'}), 'looks for home': ('import os; assert not [d for d in os.listdir("/") if d in ("home", "work", "proc", "etc", "var")]', {'passed'}),
-    'opens a socket': ('import socket; socket.create_connection(("127.0.0.1", PORT), 2)', {'error'}), 'resolves a name': ('import socket; socket.getaddrinfo("example.com", 80)', {'error'}), 'sees other processes': ('import os; os.kill(HARNESS, 0)', {'error'}),
-    'writes outside': ('open("/usr/mark", "w")', {'error'}), 'writes to the root': ('open("/mark", "w")', {'error'}), 'becomes root': ('import os; os.setuid(0)', {'error'}), 'mounts': ('import ctypes, os; l = ctypes.CDLL(None, use_errno=True); assert l.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None) == 0', {'error'}),
-    'makes a user namespace and mounts': ('import ctypes; l = ctypes.CDLL(None)\nif l.unshare(0x10020000) == 0: assert l.umount2(b"/usr", 2) == 0', {'error', 'passed'}), 'chroots out': ('import os; os.mkdir("x"); os.chroot("x")', {'error'}), 'ptraces process 1': ('import ctypes; assert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0', {'error'}),
-    'makes a device': ('import os; os.mknod("d", 0o60666, os.makedev(8, 0)); open("d", "rb").read(1)', {'error'}), 'sends to a host': ('import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b"x", ("10.0.0.1", 53))', {'error'}),
-}
-
-# Programs that leave something for the next one, or change what it gets; each may end as it likes
 LIBC = 'import ctypes, os, time\nlibc = ctypes.CDLL(None)\n'
 DAEMON = """import os, time
 if os.fork() == 0:
@@ -215,19 +163,19 @@ def tried(f, *args):
     except OSError as e: return e.errno
 def alive(p): return tried(os.kill, p, 0) is None
 def search(ring): return libc.syscall(KEYCTL + 2, 10, ring, b'user', mark.encode(), 0)
-def there(f): return WALLS or mark in f # without namespaces other people's files are there, too
+def there(f): return NAMESPACES or mark in f # without namespaces other people's files are there, too
 folders = [d for d in ('/tmp', '/var/tmp', '/dev/shm', '/dev/mqueue') if os.path.isdir(d)]
 persistent = libc.syscall(KEYCTL + 2, 22, -1, -2)
 found = dict(
-    folder=os.listdir('.'), mode=oct(os.stat('.').st_mode), root=os.listdir('/') if WALLS else None,
+    folder=os.listdir('.'), mode=oct(os.stat('.').st_mode), root=os.listdir('/') if NAMESPACES else None,
     environment=dict(os.environ), files=[f for d in folders for f in os.listdir(d) if there(f)],
-    free=os.statvfs('.').f_bavail if WALLS else None, open=[fd for fd in range(100) if tried(os.fstat, fd) != 9],
+    free=os.statvfs('.').f_bavail if NAMESPACES else None, open=[fd for fd in range(100) if tried(os.fstat, fd) != 9],
     kinds=[stat.S_IFMT(os.fstat(fd).st_mode) for fd in range(3)], limits=[resource.getrlimit(i) for i in range(16)],
     nice=[os.getpriority(os.PRIO_PROCESS, p) for p in (0, os.getppid())], policy=os.sched_getscheduler(0),
     cores=sorted(os.sched_getaffinity(0)), signals=[str(tried(signal.getsignal, s)) for s in range(1, 32)],
     blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), pending=sorted(signal.sigpending()),
     timer=signal.getitimer(signal.ITIMER_REAL), umask=os.umask(0o77), host=socket.gethostname(),
-    processes=[p for p in range(1, 300) if alive(p)] if WALLS else None, session=os.getsid(0) == os.getpid(),
+    processes=[p for p in range(1, 300) if alive(p)] if NAMESPACES else None, session=os.getsid(0) == os.getpid(),
     memory=[libc.shmget(4242, 0, 0), libc.semget(4242, 0, 0), libc.msgget(4242, 0), libc.mq_open(b'/mark', 0)],
     keys=[search(ring) for ring in (-3, -4, persistent)], modules=sorted(sys.modules), builtins=sorted(dir(builtins)),
     path=sys.path, flags=[libc.prctl(i, 0, 0, 0, 0) for i in (3, 21, 39, 2)], personality=libc.personality(-1),
@@ -237,9 +185,9 @@ if os.fork() == 0: os._exit(0)
 found['child'] = os.wait()[1]
 print(json.dumps(found))
 """
-def probe(walls, **kw):
-    program = PROBE.replace('WALLS', str(walls)).replace('KEYCTL', str(KEYCTL))
-    r = run_program(program, walls=walls, timeout=5, memory_mb=256, **kw)
+def probe(namespaces, **kw):
+    program = PROBE.replace('NAMESPACES', str(namespaces)).replace('KEYCTL', str(KEYCTL))
+    r = run_program(program, namespaces=namespaces, timeout=5, memory_mb=256, **kw)
     assert r.passed and not r.stderr, r
     return json.loads(r.stdout)
 
@@ -247,41 +195,42 @@ def differences(first, found): return {k: (v, found[k]) for k, v in first.items(
 
 @pytest.fixture
 def own_worker(monkeypatch, request):
-    """A jail.py and a folder of its own: tests beside this one judge programs, too. Afterwards nothing is left."""
+    "The worker's files in a folder of their own: tests beside this one run programs, too. Afterwards nothing is left."
     home = Path(tempfile.mkdtemp(prefix='hostile-', dir='/dev/shm' if os.path.isdir('/dev/shm') else None))
     request.addfinalizer(lambda: shutil.rmtree(home))
-    jail, temp = home/'jail.py', home/'temp'
-    shutil.copy(sandbox._jail(), jail); temp.mkdir()
-    home.chmod(0o711) # Without walls a program is another user, who must get into its folder
-    monkeypatch.setattr(sandbox, '_jail', lambda: str(jail))
+    worker_file, temp = home/'sandbox_worker.py', home/'temp'
+    for file in Path(sandbox._worker_file()).parent.glob('sandbox_*.py'): shutil.copy(file, home)
+    temp.mkdir()
+    home.chmod(0o711) # Without namespaces a program is another user, who must get into its folder
+    monkeypatch.setattr(sandbox, '_worker_file', lambda: str(worker_file))
     monkeypatch.setattr(tempfile, 'tempdir', str(temp))
     def running(word): return [p for p in psutil.process_iter(['cmdline']) if word in ' '.join(p.info['cmdline'] or ())]
-    def workers(): return [w for (_, _, file), w in sandbox._idle if file == str(jail)]
+    def workers(): return [w for (_, _, file), w in sandbox._idle if file == str(worker_file)]
     yield workers
     for w in workers(): w.process.stdin.close() # as when this process ends
     end = time.time() + 10
-    while running(str(jail)) and time.time() < end: time.sleep(.05)
-    assert not running(str(jail)) and not running('987654')
+    while running(str(worker_file)) and time.time() < end: time.sleep(.05)
+    assert not running(str(worker_file)) and not running('987654')
     assert not list(temp.iterdir())
     sandbox.close_workers()
 
-@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
-def test_hostile_programs(walls, own_worker):
+@pytest.mark.parametrize('namespaces', [True, False], ids=['namespaces', 'no namespaces'])
+def test_hostile_programs(namespaces, own_worker):
     """One after another in one worker; after each, the next program finds what the first one found."""
-    first, wrong = probe(walls), {}
+    first, wrong = probe(namespaces), {}
     worker, = own_worker()
     for name, (program, tests, right) in HOSTILE.items():
         if own_worker() != [worker]: wrong[name] = 'another worker'; worker, = own_worker()
-        r = run_tests(program, tests, timeout=.4 if 'timeout' in right else 1, memory_mb=256, walls=walls)
+        r = run_tests(program, tests, timeout=.4 if 'timeout' in right else 1, memory_mb=256, namespaces=namespaces)
         if r.status not in right: wrong[name] = r
-        if r.walls != walls and r.walls: wrong[name] = 'walls'
-        if (found := probe(walls)) != first: wrong[name] = differences(first, found)
+        if r.namespaces != namespaces and r.namespaces: wrong[name] = 'namespaces'
+        if (found := probe(namespaces)) != first: wrong[name] = differences(first, found)
     for name, program in LEAVES.items():
         if own_worker() != [worker]: wrong[name] = 'another worker'; worker, = own_worker()
-        run_program(program, walls=walls, timeout=.4, memory_mb=256)
-        if (found := probe(walls)) != first: wrong[name] = differences(first, found)
+        run_program(program, namespaces=namespaces, timeout=.4, memory_mb=256)
+        if (found := probe(namespaces)) != first: wrong[name] = differences(first, found)
     assert not wrong, wrong
-    assert len(HOSTILE) + len(WALLED) + len(LEAVES) > 100
+    assert len(HOSTILE) + len(ISOLATED) + len(LEAVES) > 100
 
 def processes_of(worker): # supervisor, worker, fork server
     found = psutil.Process(worker.process.pid)
@@ -298,19 +247,19 @@ def kill(worker, which): # one of the three, and with it those that it started
 
 def test_a_worker_that_dies_is_replaced(own_worker):
     """Before a program comes, or while it runs: the program gets its result from the next one."""
-    for walls in (True, False):
+    for namespaces in (True, False):
         for which in range(3):
-            assert run_program('', walls=walls).passed
+            assert run_program('', namespaces=namespaces).passed
             worker = own_worker()[-1]
             kill(worker, which)
-            assert run_program('print(1)', walls=walls).stdout == '1\n' and worker not in own_worker()
+            assert run_program('print(1)', namespaces=namespaces).stdout == '1\n' and worker not in own_worker()
             worker = own_worker()[-1]
             with ThreadPoolExecutor(1) as pool:
-                result = pool.submit(run_program, 'import time\ntime.sleep(.3)\nprint(2)', walls=walls)
+                result = pool.submit(run_program, 'import time\ntime.sleep(.3)\nprint(2)', namespaces=namespaces)
                 time.sleep(.15)
                 kill(worker, which)
             r = result.result()
-            assert r.stdout == '2\n' or which and r.error == 'Killed', (walls, which, r)
+            assert r.stdout == '2\n' or which and r.error == 'Killed', (namespaces, which, r)
 
 def test_a_program_that_ends_its_worker_each_time(own_worker, monkeypatch):
     def run(self, *args): raise sandbox.WorkerGone('no words')
@@ -337,18 +286,18 @@ def test_a_forked_process_has_workers_of_its_own(own_worker):
 USER = """
 import sys, tempfile
 from weighted_mtp import sandbox
-jail, tempfile.tempdir = sys.argv[1:]
-sandbox._jail = lambda: jail
+worker_file, tempfile.tempdir = sys.argv[1:]
+sandbox._worker_file = lambda: worker_file
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(2) as pool:
-    for walls in (True, False): print(sandbox.run_program('', walls=walls).status, flush=True)
+    for namespaces in (True, False): print(sandbox.run_program('', namespaces=namespaces).status, flush=True)
     program = 'import os, time\\nos.fork()\\nopen("f", "w").close()\\ntime.sleep(99)'
-    for walls in (True, False): pool.submit(sandbox.run_program, program, walls=walls, timeout=60)
+    for namespaces in (True, False): pool.submit(sandbox.run_program, program, namespaces=namespaces, timeout=60)
 """
 
 def test_workers_end_with_a_parent_that_is_killed(own_worker):
     """The fixture looks for what is left."""
-    command = [sys.executable, '-c', USER, sandbox._jail(), tempfile.tempdir]
+    command = [sys.executable, '-c', USER, sandbox._worker_file(), tempfile.tempdir]
     p = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert [p.stdout.readline() for _ in range(2)] == ['passed\n']*2
     time.sleep(.3)
@@ -369,18 +318,11 @@ def test_no_test_is_in_the_memory_that_programs_are_forked_from(own_worker):
     _, worker, fork_server, *_ = processes_of(own_worker()[0]) # the last program's may be there for a moment
     assert has(worker) and not has(fork_server)
 
-RIGHT = { # right programs that are not as simple as they could be, with tests
-    'long output': ('for i in range(20000): print(i)', dict(kind='stdio', tests=[['', ''.join(f'{i}\n' for i in range(20000))]])),
-    'endless iterator': ('import itertools\nids = itertools.count()\ndef f(): return next(ids)', ['assert f() == 0', 'assert f() == 1']), 'holds itself': ('d = {}\nd["d"] = d\ndef f(): return 1', ['assert f() == 1']),
-    'used iterator': ('it = iter([1, 2])\ndef f(): return next(it)', ['assert f() == 1']), 'large table': ('memo = {i: (i, i) for i in range(300_000)}\ndef f(): return memo[2]', ['assert f() == (2, 2)']),
-    'match': ('import re\ndef f(x): return re.match("a", x)', ['assert f("a")', 'assert not f("b")']), 'namedtuple': ('from collections import namedtuple\nP = namedtuple("P", "x y")\ndef f(): return P(1, 2)', ['assert f() == (1, 2)']),
-    'IntEnum': ('from enum import IntEnum\nclass E(IntEnum): A = 3\ndef f(): return E.A', ['assert f() == 3']), 'own equality': ('class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x', ['assert P(1) == P(1)', 'assert P(1) != P(2)']),
-    'is called sum': ('def sum(a, b): return a*b', ['assert sum(2, 3) == 6']), 'tests use its module': ('import math\ndef f(): return 2.', ['assert math.isclose(f(), 2)']), 'starts itself': ('def f(): return 1\nif __name__ == "__main__": print(int(input()))', ['assert f() == 1']),
-    'tests print': ('def f(): return 1', ['print("x"*10**6)', 'assert f() == 1']), 'dataclass': ('from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 1\ndef f(): return P().x', ['assert f() == 1'])}
-
-@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
-def test_right_programs(walls):
-    found = {name: run_tests(program, dict(kind='asserts', tests=tests) if isinstance(tests, list) else tests, walls=walls) for name, (program, tests) in RIGHT.items()}
+@pytest.mark.parametrize('namespaces', [True, False], ids=['namespaces', 'no namespaces'])
+def test_right_programs(namespaces):
+    def tests_of(tests): return dict(kind='asserts', tests=tests) if isinstance(tests, list) else tests
+    found = {name: run_tests(program, tests_of(tests), namespaces=namespaces)
+             for name, (program, tests) in RIGHT.items()}
     assert not {k: r for k, r in found.items() if not r.passed}
 
 ASSERTS = dict(kind='asserts', tests=['assert f(1) == 1', 'assert f(2) == 2, "two"', 'assert f(3) == 3'])
@@ -507,17 +449,17 @@ WORDS = [
         dict(status='passed')),
 ]
 
-@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
-def test_words_of_a_program(walls):
+@pytest.mark.parametrize('namespaces', [True, False], ids=['namespaces', 'no namespaces'])
+def test_words_of_a_program(namespaces):
     """What a program says, and what became of it, arrives; nothing of the worker's is in it."""
     wrong = []
     for program, tests, right in WORDS:
-        r = run_tests(program, tests or dict(kind='script', stdin=''), timeout=1, memory_mb=256, walls=walls)
+        r = run_tests(program, tests or dict(kind='script', stdin=''), timeout=1, memory_mb=256, namespaces=namespaces)
         for key, value in right.items():
             has = getattr(r, key.removesuffix('_has')) if key != 'lacks' else r.stderr
             good = value in has if key.endswith('_has') else value not in has if key == 'lacks' else has == value
             if not good: wrong.append((program, key, value, r))
-        if 'jail' in r.stderr or r.passed == bool(r.error) or r.passed and r.test: wrong.append((program, r))
+        if 'sandbox_' in r.stderr or r.passed == bool(r.error) or r.passed and r.test: wrong.append((program, r))
     assert not wrong, wrong
 
 ARRAYS = dict(kind='asserts', tests=[
@@ -537,9 +479,9 @@ first, total = np.arange, lambda x: 3
 def order(a): a.sort()
 """
 
-@pytest.mark.parametrize('walls', [True, False], ids=['walls', 'no walls'])
-def test_packages(walls):
-    def run(program, **kw): return run_program(program, walls=walls, packages=['numpy'], **kw)
+@pytest.mark.parametrize('namespaces', [True, False], ids=['namespaces', 'no namespaces'])
+def test_packages(namespaces):
+    def run(program, **kw): return run_program(program, namespaces=namespaces, packages=['numpy'], **kw)
     works = run('import numpy as np, numpy.testing\n'
                 'print(np.linalg.inv(np.eye(2)*2)[0, 0], np.fft.fft([1, 2])[0].real)\n'
                 'print((np.ones((300, 300))@np.ones((300, 300))).sum(), np.random.default_rng(0).integers(9))')
@@ -549,9 +491,10 @@ def test_packages(walls):
     for other in ('torch', 'numpy.nothing', 'pytest'):
         assert run(f'import {other}').message == f"ModuleNotFoundError: No module named '{other}'"
     for tests in (ARRAYS, dict(kind='asserts', tests=['assert np.allclose(first(2), [0, 1])'])):
-        assert run_tests(WITH_NUMPY, tests, packages=['numpy'], walls=walls).passed
-        assert not run_tests(FORGED_NUMPY, tests, packages=['numpy'], walls=walls).passed
-    drawn = [run_program('import numpy\nprint(numpy.random.rand())', walls=walls, packages=['pandas']) for _ in range(2)]
+        assert run_tests(WITH_NUMPY, tests, packages=['numpy'], namespaces=namespaces).passed
+        assert not run_tests(FORGED_NUMPY, tests, packages=['numpy'], namespaces=namespaces).passed
+    draws = 'import numpy\nprint(numpy.random.rand())'
+    drawn = [run_program(draws, namespaces=namespaces, packages=['pandas']) for _ in range(2)]
     assert drawn[0].passed and drawn[0].stdout != drawn[1].stdout # pandas imports numpy.random
     run('import numpy as np\nnp.sum = np.pi = None\nnp.seterr(all="raise")')
     assert run('import numpy as np\nprint(np.sum([1, 2]), np.pi > 3, np.geterr()["over"])').stdout == '3 True warn\n'
@@ -592,17 +535,18 @@ def test_a_long_input_takes_time_in_proportion():
     assert (r.status, r.stdout) == ('passed', '30000000\n'), r
 
 @pytest.mark.skipif(not protections()['files'], reason='this kernel gives no namespaces')
-def test_walls():
+def test_namespaces():
     import socket
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
         wrong = {}
-        for name, (program, right) in WALLED.items():
-            r = run_program(program.replace('PORT', str(s.getsockname()[1])).replace('HARNESS', str(os.getpid())), timeout=5)
+        for name, (program, right) in ISOLATED.items():
+            program = program.replace('PORT', str(s.getsockname()[1])).replace('HARNESS', str(os.getpid()))
+            r = run_program(program, timeout=5)
             if r.status not in right: wrong[name] = r
         assert not wrong, wrong
 
-def test_same_verdicts_in_a_crowd():
+def test_same_results_in_a_crowd():
     """Hostile ones beside good ones: results in order, none disturbed."""
     jobs = [(p, t) for p, t, _ in list(HOSTILE.values())[:30]]*2 + [(GOOD, ADD)]*20
     found = run_tests_batch(jobs, workers=8, timeout=5)
@@ -619,7 +563,8 @@ def test_reference_solutions_of_mbpp():
     """The data's README: 974 of 974 pass."""
     rows = [json.loads(l) for l in (SHARED/'mbpp/mbpp.jsonl').read_text().splitlines()]
     if 'WMTP_ALL' not in os.environ: rows = rows[::10]
-    jobs = [(r['code'].replace('\r\n', '\n'), dict(kind='asserts', tests=[r['test_setup_code'].replace('\r\n', '\n'), *r['test_list'], *r['challenge_test_list']])) for r in rows]
+    def tests_of(r): return [r['test_setup_code'].replace('\r\n', '\n'), *r['test_list'], *r['challenge_test_list']]
+    jobs = [(r['code'].replace('\r\n', '\n'), dict(kind='asserts', tests=tests_of(r))) for r in rows]
     start = time.time()
     found = run_tests_batch(jobs)
     wrong = [(r['task_id'], f) for r, f in zip(rows, found) if not f.passed]

@@ -180,10 +180,10 @@ def test_memory_of_a_large_train_split(here):
     subprocess.run([sys.executable, '-c', MADE, str(problems), str(each)], cwd=here, check=True)
     code = '''
 import resource, sys, time
-from weighted_mtp.storage import setup_data
-from weighted_mtp.config import Config
 from weighted_mtp.data import format_prompt
 from weighted_mtp.sampling import load_pairs
+from weighted_mtp.schema import Config
+from weighted_mtp.storage import setup_data
 from weighted_mtp.synthetic import train_tokenizer
 start = time.time()
 setup_data('codecontests', 'storage/datasets', 'made')

@@ -12,8 +12,8 @@ from pathlib import Path
 from .answer_text import parses
 from .answers import answer_of, find_code, whole_program
 from .benchmarks import finite_number, load_benchmark
-from .config import UserError
 from .data import read_solutions
+from .files import UserError
 from .sandbox import Result, run_tests_batch
 
 # %% ../nbs/evaluation/11_answer_tests.ipynb #31a628d8

@@ -9,7 +9,7 @@ __all__ = ['BENCHMARKS', 'finite_number', 'load_benchmark', 'benchmark_label']
 import math
 from pathlib import Path
 
-from .config import UserError, nearest
+from .files import UserError, nearest
 from .jsonl import check_file, read_jsonl
 
 # %% ../nbs/evaluation/10_benchmarks.ipynb #be0c1006

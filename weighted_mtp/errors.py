@@ -9,7 +9,7 @@ __all__ = ['error_of', 'first_failure', 'error_summary', 'percent', 'errors_text
 import re
 from collections import Counter
 
-from .config import UserError
+from .files import UserError
 from .sandbox import check_packages
 
 # %% ../nbs/evaluation/08_errors.ipynb #ebce8abe

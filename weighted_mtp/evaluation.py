@@ -14,13 +14,13 @@ from accelerate import PartialState
 from .answer_tests import check_references
 from .answers import extract_code, whole_program # public here
 from .benchmarks import BENCHMARKS, load_benchmark
-from .config import UserError, project_root, read_json, write_text
 from .data import stored_tokenizer
+from .files import UserError, project_root, read_json, write_text
 from .model_evaluation import evaluate # public here
 from .models import load_backbone, load_policy, read_checkpoint
+from .runs import is_main, print_metrics, record_dir, tracked_run
 from .sandbox import check_packages, protections
 from .scores import metrics_of, pass_at_k, summary_text # pass_at_k: public here
-from .training import is_main, print_metrics, record_dir, tracked_run
 
 # %% ../nbs/evaluation/13_evaluation.ipynb #e0a1a1a1
 _all_ = ['evaluate', 'extract_code', 'pass_at_k', 'whole_program']

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError, read_json
+from .files import UserError, read_json
 from .records import load_record, read_records, record_folder
 
 # %% ../nbs/evaluation/15_finished_run.ipynb #38f023cb

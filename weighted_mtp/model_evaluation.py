@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from .answer_tests import find_answer, run_answers, run_as_written
 from .benchmarks import benchmark_label, load_benchmark
-from .config import UserError, write_text
 from .data import format_prompt, vocabulary_id
+from .files import UserError, write_text
 from .generation import NoRoom, generate
 from .sandbox import check_packages
 from .scores import summary

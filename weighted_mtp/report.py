@@ -9,7 +9,7 @@ __all__ = ['STYLE', 'keep', 'write_report', 'main']
 import argparse, sys
 from pathlib import Path
 
-from .config import UserError, project_root
+from .files import UserError, project_root
 from .finished_run import FinishedRun, load_finished
 from .pictures import write_page
 

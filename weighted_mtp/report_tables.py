@@ -43,7 +43,7 @@ def settings(
 ): # A DataFrame
     "The config's values that are not the schema's defaults."
     from omegaconf import OmegaConf
-    from weighted_mtp.config import Config
+    from weighted_mtp.schema import Config
     default = dict(_flat(OmegaConf.to_container(OmegaConf.structured(Config), resolve=True)))
     changed = {k: v for k, v in _flat(run.config) if v != default.get(k) and k != 'pipeline'}
     rows = {k: (str(v), str(default.get(k))) for k, v in changed.items()}

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from .config import UserError
+from .files import UserError
 from .errors import error_metrics, error_summary, errors_text
 
 # %% ../nbs/evaluation/09_scores.ipynb #40651612

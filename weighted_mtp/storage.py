@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .config import UserError, load_env, load_site, nearest, project_root, read_json, redact
+from .env_secrets import load_env, redact
+from .files import UserError, nearest, project_root, read_json
 from .jsonl import check_file, read_jsonl
+from .launch_site import load_site
 
 # %% ../nbs/data/06_storage.ipynb #03cf26b8
 def read_rows(

@@ -253,7 +253,8 @@ def test_forms():
     """Right answers pass in whatever form, wrong ones in none; what needs no finding is left as it is."""
     assert len(FORMS) >= 100
     statuses = results([program(a, t) for _, t, a, _ in FORMS])
-    assert [(what, s, find_code(a, t)) for (what, t, a, right), s in zip(FORMS, statuses) if (s == 'passed') != right] == []
+    wrong = [(what, s, find_code(a, t)) for (what, t, a, right), s in zip(FORMS, statuses) if (s == 'passed') != right]
+    assert not wrong
     for answer, tests in ((GOOD, ASSERTS), (BODY, HUMANEVAL), (READS, STDIO), (FILLED, ASSERTS)):
         assert find_code(answer, tests) == (answer, ())
 
@@ -329,7 +330,7 @@ def test_time_and_depth():
         code, kinds = find_code(f'Let us see.\n{text}\n\n{GOOD}', ASSERTS)
         took = time.process_time() - start # 0.1 s on a quiet machine
         assert 'def add' in code and took < 3, (name, kinds, took)
-    for name, text in DEEP.items(): assert find_code(text, ASSERTS)[0] is not None
+    for text in DEEP.values(): assert find_code(text, ASSERTS)[0] is not None
 
 def evalplus_program(sanitize, answer, tests): # as its command does it
     if tests['kind'] == 'asserts': return sanitize(answer, 'add'), tests

@@ -6,9 +6,10 @@ import pytest
 
 from weighted_mtp import model_evaluation
 from weighted_mtp.answer_tests import check_references
-from weighted_mtp.files import UserError, load_config
+from weighted_mtp.config import load_config
 from weighted_mtp.errors import error_of
 from weighted_mtp.evaluation import evaluate, run_evaluation, wmtp_evaluate
+from weighted_mtp.files import UserError
 from weighted_mtp.generation import Generation, NoRoom
 from weighted_mtp.scores import metrics_of, summary, summary_text
 

@@ -50,7 +50,7 @@ class CriticObjective:
         head = {id(p) for n, p in self.model.get_output_embeddings().named_parameters() if 'lora_' not in n}
         return {n for n, p in self.model.named_parameters() if id(p) in head}
 
-    def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id) # correct ones first, then the wrong
+    def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id) # correct, then wrong ones
 
     def counts(self, batch): # (2,) pairs, next-token targets of the correct solutions
         labels, B = batch['labels'], len(batch['labels'])//2
@@ -102,7 +102,7 @@ def loss(self:CriticObjective,
 
 # %% ../nbs/training/09_critic.ipynb #8aa2fba9
 @patch
-def _pair_rows(self:CriticObjective, model, b): # (B, 15): `sequence_stats` of correct and wrong, kind, `drop_near_mutation`
+def _pair_rows(self:CriticObjective, model, b): # (B, 15): `sequence_stats` of correct and wrong, kind, drops
     mask, B = b['labels'] != -100, len(b['labels'])//2
     out = model(b['input_ids'], b['attention_mask'], mask, with_logp=True)
     stats = sequence_stats(out.values, mask, out.logp, self.config.critic.initial_value)

@@ -57,7 +57,8 @@ def _accuracy(good, bad): # share of pairs in which the correct one is higher; a
 
 def _pairwise(good, bad): # of some pairs: accuracy by value and by likelihood, margin, loss
     margin = good[:, 0]-bad[:, 0]
-    return {'pairwise_accuracy': _accuracy(good[:, 0], bad[:, 0]), 'likelihood_accuracy': _accuracy(good[:, 4], bad[:, 4]),
+    return {'pairwise_accuracy': _accuracy(good[:, 0], bad[:, 0]),
+            'likelihood_accuracy': _accuracy(good[:, 4], bad[:, 4]),
             'margin': margin.mean().item(), 'pairwise_loss': F.softplus(-margin).mean().item()}
 
 def pair_metrics(
@@ -68,7 +69,8 @@ def pair_metrics(
 )->dict: # name -> float
     "Pairwise accuracy, margin, ROC-AUC, the likelihood baseline and the rest. A tie counts half."
     out = {'lm_loss': -good[:, 4].mean().item()} # of the correct solutions: mean over tokens, then over solutions
-    rows = {'': torch.ones_like(kind, dtype=torch.bool)} | {f'_{k}': kind == KINDS.index(k) for k in ('mutant', 'sibling')}
+    rows = {'': torch.ones_like(kind, dtype=torch.bool)}
+    rows |= {f'_{k}': kind == KINDS.index(k) for k in ('mutant', 'sibling')}
     for suffix, r in rows.items():
         if r.any(): out |= {f'{k}{suffix}': x for k, x in _pairwise(good[r], bad[r]).items()}
     both, labels = torch.cat([good, bad]), [1]*len(good) + [0]*len(bad)

@@ -41,7 +41,7 @@ def extreme_tokens(
 OBJECTIVES = dict(baseline=PolicyObjective, ntp=PolicyObjective, ref_tuning=PolicyObjective,
                   verifiable=VerifiableObjective, rho1=Rho1Objective)
 
-def _write_pictures(objective, trainer, split): # for the record; collective where the policy is sharded: call on all ranks
+def _write_pictures(objective, trainer, split): # for the record. Collective: call on all ranks
     name, held_out, model = objective.config.pipeline, objective.splits[split], trainer.model.eval()
     samples = [held_out[i] for i in range(min(100, len(held_out)))]
     programs = list({s.problem_id: s for s in samples}.values()) # one a problem
@@ -54,10 +54,11 @@ def _write_pictures(objective, trainer, split): # for the record; collective whe
 def run_policy(
     config, # A loaded config of one of these pipelines
 )->dict: # The metrics of the best checkpoint
-    "Train a policy, from data to checkpoint and MLflow run; the best checkpoint is evaluated on the test split, if any."
+    "Train a policy, from data to checkpoint and MLflow run; evaluate the best checkpoint on the test split, if any."
     n = config.model.n_future_tokens
     if config.pipeline in ('ntp', 'ref_tuning') and n != 1:
-        raise UserError(f"model.n_future_tokens = {n}: the pipeline {config.pipeline} predicts one token, so it must be 1.")
+        predicts_one = f"the pipeline {config.pipeline} predicts one token, so it must be 1."
+        raise UserError(f"model.n_future_tokens = {n}: {predicts_one}")
     objective = OBJECTIVES[config.pipeline](config, *load_parts(config))
     with tracked_run(config) as (result, run):
         start = time.monotonic()

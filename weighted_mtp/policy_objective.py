@@ -81,7 +81,7 @@ def concat_padded(
     return torch.cat([F.pad(r, (0, 0, 0, T-r.shape[1])) for r in rows])
 
 @patch
-def _gather_split(self:PolicyObjective, trainer, split): # (N, T, 1 + 2n): mask, token losses, extra targets; on all ranks
+def _gather_split(self:PolicyObjective, trainer, split): # (N, T, 1 + 2n): mask, token losses, extra targets
     model, rows, gather = trainer.model.eval(), [], trainer.accelerator
     for b in trainer.loader(self.splits[split]):
         ce = model(b['input_ids'], b['attention_mask'], labels=b['labels']).token_ce

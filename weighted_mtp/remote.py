@@ -26,7 +26,9 @@ def replay(
     except OSError as e: raise UserError(f"{spool} cannot be opened: {e.strerror}.") from None
     with file:
         try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise UserError(f"{spool} belongs to a run that is still going on, which sends it itself.") from None
+        except OSError:
+            still = "belongs to a run that is still going on, which sends it itself"
+            raise UserError(f"{spool} {still}.") from None
         opened = next((x['open'] for x in read_spool(spool, 0)[0] if 'open' in x), None)
         if opened is None: raise UserError(f"{spool} does not say which run it belongs to.")
         sender = SpoolSender(spool)

@@ -59,7 +59,7 @@ class Tracker:
             self._unwritten += json.dumps(line, ensure_ascii=False).encode('utf-8', 'replace') + b'\n'
             try:
                 written = self._file.write(self._unwritten)
-                self._unwritten = self._unwritten[written:] # a full disk takes a part, or nothing: the rest goes next time
+                self._unwritten = self._unwritten[written:] # a full disk takes a part: the rest goes next time
             except OSError as e: print_error(f'{self.spool} cannot be written ({e.strerror}).')
 
     def _log(self, **line):

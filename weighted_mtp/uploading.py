@@ -84,7 +84,8 @@ class Uploader:
         self._check = True
         if self._worker.close(timeout): return True
         with self._lock:
-            left = [f'{action} {p}' for p, (action,) in self._todo.items()] or [f'check {p}' for p in sorted(self._kept)]
+            left = [f'{action} {p}' for p, (action,) in self._todo.items()]
+            left = left or [f'check {p}' for p in sorted(self._kept)]
         print_error(f"{self.uri} is not up to date. Left to do: {', '.join(left)}.")
         return False
 

@@ -10,7 +10,6 @@ __all__ = ['FIELDS', 'DATA_HINT', 'SPECIAL', 'KINDS', 'check_solution', 'read_li
 # %% ../nbs/data/02_data.ipynb #4295dc60
 import hashlib, json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria, set_seed
 
-import weighted_mtp.drafting # gives `MTPForCausalLM.generate` its `use_mtp`
+import weighted_mtp.drafting # noqa: F401 gives `MTPForCausalLM.generate` its `use_mtp`
 from .files import UserError
 from .mtp_model import MTPForCausalLM
 

@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'TARGET_NAMES', 'FINAL', 'VANISHED', 'COLUMNS', 'now', 'u
 
 # %% ../nbs/launching/01_records.ipynb #4ada2d5c
 import json, os, platform, shutil, subprocess, time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .files import UserError, flatten, locked, project_root, read_json, write_te
 # %% ../nbs/launching/01_records.ipynb #306bd410
 def now()->str:
     "The time in UTC, as records hold it."
-    return datetime.now(timezone.utc).isoformat(timespec='milliseconds')
+    return datetime.now(UTC).isoformat(timespec='milliseconds')
 
 def update_record(
     folder, # The record's folder

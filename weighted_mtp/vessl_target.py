@@ -6,7 +6,7 @@
 __all__ = ['OVERLAP', 'VesslTarget']
 
 # %% ../nbs/launching/09_vessl_target.ipynb #e381a19f
-import os, platform, time, uuid
+import platform, time, uuid
 from collections import Counter
 from datetime import datetime
 from pathlib import Path

@@ -53,6 +53,9 @@ def gradients(f, hidden, unembedding, *rest):
 
 def near(got, want, rel=1e-5): assert (got.double()-want.double()).abs().max() <= rel*want.double().abs().max()
 
+def reference_gradients(hidden, unembedding, *rest): # of the definition, in float64
+    return gradients(lambda *x: reference(*x)[0], hidden.double(), unembedding.double(), *rest)
+
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -61,11 +64,12 @@ def test_agrees_with_the_definition(kind, dtype, n, monkeypatch):
     monkeypatch.setattr(losses, '_chunk_rows', lambda V, D: 7) # several chunks, the last one not full
     for seed in range(2):
         h, u, y, w = example(n=n, kind=kind, dtype=dtype, seed=seed)
-        want, grad_h, grad_u = gradients(lambda *x: reference(*x)[0], h.double(), u.double(), y, w)
+        want, grad_h, grad_u = reference_gradients(h, u, y, w)
         got = gradients(mtp_cross_entropy, h, u, y, w)
         assert got[0].dtype == torch.float32 and got[0].shape == () and got[1].dtype == got[2].dtype == dtype
         near(got[0], want)
-        for a, b in zip(got[1:], (grad_h, grad_u)): near(a, b, 5e-3 if dtype == torch.bfloat16 else 1e-5) # bfloat16 only rounds the result
+        rel = 5e-3 if dtype == torch.bfloat16 else 1e-5 # bfloat16 only rounds the result
+        for a, b in zip(got[1:], (grad_h, grad_u)): near(a, b, rel)
         _, token, counts = reference(h.double(), u.double(), y)
         assert torch.equal(mtp_counts(y, n), counts)
         mine = mtp_token_cross_entropy(h, u, y)
@@ -76,12 +80,16 @@ def test_agrees_with_the_definition(kind, dtype, n, monkeypatch):
 @pytest.mark.parametrize('kind', ('target', 'source'))
 def test_normalizer(kind):
     h, u, y, w = example(kind=kind)
-    for N in (17, 17., torch.tensor(17.), torch.tensor([9, 8, 7, 6]), [9., .5, 7., 6.], torch.rand(4, dtype=torch.float64) + .1): # below 1: counts/world_size
-        for got, want in zip(gradients(mtp_cross_entropy, h, u, y, w, N), gradients(lambda *x: reference(*x)[0], h.double(), u.double(), y, w, N)): near(got, want)
+    below_1 = torch.rand(4, dtype=torch.float64) + .1 # counts/world_size
+    for N in (17, 17., torch.tensor(17.), torch.tensor([9, 8, 7, 6]), [9., .5, 7., 6.], below_1):
+        found = zip(gradients(mtp_cross_entropy, h, u, y, w, N), reference_gradients(h, u, y, w, N))
+        for got, want in found: near(got, want)
     step = mtp_counts(y, 4)
     parts = [gradients(mtp_cross_entropy, h[i], u, y[i], w[i], step) for i in (slice(0, 1), slice(1, 3), slice(3, 5))]
     loss, grad_h, grad_u = gradients(mtp_cross_entropy, h, u, y, w)
-    near(sum(p[0] for p in parts), loss); near(torch.cat([p[1] for p in parts]), grad_h); near(sum(p[2] for p in parts), grad_u)
+    near(sum(p[0] for p in parts), loss)
+    near(torch.cat([p[1] for p in parts]), grad_h)
+    near(sum(p[2] for p in parts), grad_u)
 
 def test_weights_as_they_come():
     h, u, y, w = example()
@@ -124,18 +132,25 @@ def test_no_targets():
 
 def test_large_logits():
     h, u, y, w = example()
-    for got, want in zip(gradients(mtp_cross_entropy, 1e3*h, u, y, w), gradients(lambda *x: reference(*x)[0], 1e3*h.double(), u.double(), y, w)): near(got, want, 1e-4)
+    found = gradients(mtp_cross_entropy, 1e3*h, u, y, w)
+    for got, want in zip(found, reference_gradients(1e3*h.double(), u, y, w)): near(got, want, 1e-4)
 
 def test_views_and_small_integers():
     h, u, y, w = example()
     turned = h.transpose(0, 2).contiguous().transpose(0, 2) # not contiguous, and no view of rows
-    for a, b in zip(gradients(mtp_cross_entropy, turned, u.T.contiguous().T, y.int(), w), gradients(mtp_cross_entropy, h, u, y, w)): assert_close(a, b)
+    found = gradients(mtp_cross_entropy, turned, u.T.contiguous().T, y.int(), w)
+    for a, b in zip(found, gradients(mtp_cross_entropy, h, u, y, w)): assert_close(a, b)
 
 def test_wrong_shapes():
     h, u, y, w = example()
-    for args, words in (((h[0], u, y), r'\(11, 4, 6\)'), ((h, u.T, y), r'unembedding has shape \(6, 23\)'), ((h, u, y[:, 1:]), r'labels has shape \(5, 10\): allowed are \(5, 11\)'),
-                        ((h, u, y, w[:1]), r'weights has shape \(1, 11\)'), ((h, u, y, w[..., None]), r'\(5, 11\) or \(5, 11, 4\)'), ((h, u, y, w, torch.ones(3)), r'normalizer has shape \(3,\)')):
+    def refused(words, *args):
         with pytest.raises(ValueError, match=words): mtp_cross_entropy(*args)
+    refused(r'\(11, 4, 6\)', h[0], u, y)
+    refused(r'unembedding has shape \(6, 23\)', h, u.T, y)
+    refused(r'labels has shape \(5, 10\): allowed are \(5, 11\)', h, u, y[:, 1:])
+    refused(r'weights has shape \(1, 11\)', h, u, y, w[:1])
+    refused(r'\(5, 11\) or \(5, 11, 4\)', h, u, y, w[..., None])
+    refused(r'normalizer has shape \(3,\)', h, u, y, w, torch.ones(3))
 
 
 def test_gradient_modes():
@@ -157,7 +172,8 @@ def test_gradient_modes():
 def test_checkpointed(reentrant):
     h, u, y, w = example()
     f = lambda a, b, *x: checkpoint(lambda a, b: mtp_cross_entropy(a.tanh(), b, *x), a, b, use_reentrant=reentrant)
-    for got, want in zip(gradients(f, h, u, y, w), gradients(lambda a, *x: mtp_cross_entropy(a.tanh(), *x), h, u, y, w)): assert torch.equal(got, want)
+    plain = gradients(lambda a, *x: mtp_cross_entropy(a.tanh(), *x), h, u, y, w)
+    for got, want in zip(gradients(f, h, u, y, w), plain): assert torch.equal(got, want)
 
 def test_tied_unembedding():
     "One tensor embeds and unembeds: both gradients add up."
@@ -206,7 +222,8 @@ class Watch(TorchDispatchMode):
 
 def watched(masked, frozen=False, grad=True, **head):
     V, D, T, n = 4096, 64, 200, 4
-    h, u, y = torch.randn(2, T, n, D).requires_grad_(), torch.randn(V, D).requires_grad_(not frozen), torch.randint(0, V, (2, T))
+    h, u = torch.randn(2, T, n, D).requires_grad_(), torch.randn(V, D).requires_grad_(not frozen)
+    y = torch.randint(0, V, (2, T))
     y[:, :masked] = -100
     with torch.set_grad_enabled(grad), Watch() as w:
         loss = mtp_cross_entropy(h, u, y, torch.rand(2, T), **head)
@@ -268,7 +285,8 @@ def ddp_on_a_rank(rank, folder):
     model(h[share], y[share], w[share], mtp_counts(y, 4)/2).backward() # DDP averages
     torch.save([p.grad for p in model.parameters()], f'{folder}/{rank}.pt')
     dist.destroy_process_group()
-    os._exit(0) # at a normal exit one process in thirty aborts ("terminate called without an active exception"), its work done
+    # at a normal exit one process in thirty aborts ("terminate called without an active exception"), its work done
+    os._exit(0)
 
 def test_two_ranks_are_one_batch(tmp_path):
     mp.spawn(ddp_on_a_rank, (str(tmp_path),), nprocs=2)
@@ -280,11 +298,19 @@ def test_two_ranks_are_one_batch(tmp_path):
 
 
 def test_benchmarks_page(tmp_path):
-    "nbs/studies/benchmarks.ipynb, whose kept outputs come from a full run, executes from top to bottom at a small size."
-    small = dict(seconds=.01, tokens=64, dim=32, vocab=500, rounds=1, problems=40, batch=4, step_rounds=1, micro_steps=1, wide_steps=1, plain_steps=2, wide_vocab=1500, peak_dim=64, peak_steps=1, peak_size=256,
-                 solutions=600, index_problems=50, index_solutions=3000, n_pairs=300, padding_samples=100, made_problems=60, programs=6, prompts=2, generate_rounds=1,
-                 policy_steps=5, policy_overrides=['dataset.n_problems=60', 'training.cpu_threads=1', 'data_sampling.n_validation=20'])
-    shutil.copytree(REPO/'configs', tmp_path/'configs'); shutil.copy(REPO/'settings.ini', tmp_path); (tmp_path/'runs').mkdir() # what it trains stays here
-    done = subprocess.run([BIN/'papermill', REPO/'nbs/studies/benchmarks.ipynb', tmp_path/'out.ipynb', '--no-progress-bar', '-y', json.dumps(small)], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, 'PATH': f"{BIN}:{os.environ['PATH']}"}, timeout=300)
+    "nbs/studies/benchmarks.ipynb, whose stored outputs come from a full run, runs from top to bottom at a small size."
+    small = dict(
+        seconds=.01, tokens=64, dim=32, vocab=500, rounds=1, # losses
+        problems=40, batch=4, step_rounds=1, micro_steps=1, wide_steps=1, plain_steps=2, wide_vocab=1500, # steps
+        peak_dim=64, peak_steps=1, peak_size=256, # memory
+        solutions=600, index_problems=50, index_solutions=3000, n_pairs=300, padding_samples=100, # data
+        made_problems=60, programs=6, prompts=2, generate_rounds=1, policy_steps=5,
+        policy_overrides=['dataset.n_problems=60', 'training.cpu_threads=1', 'data_sampling.n_validation=20'])
+    shutil.copytree(REPO/'configs', tmp_path/'configs')
+    shutil.copy(REPO/'settings.ini', tmp_path)
+    (tmp_path/'runs').mkdir() # what it trains stays here
+    page, out = REPO/'nbs/studies/benchmarks.ipynb', tmp_path/'out.ipynb'
+    done = subprocess.run([BIN/'papermill', page, out, '--no-progress-bar', '-y', json.dumps(small)], cwd=tmp_path,
+                          env={**os.environ, 'PATH': f"{BIN}:{os.environ['PATH']}"},
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""MLflow and S3 for real, on loopback: both servers are killed in the middle, and nothing that was logged or saved is lost."""
+"""MLflow and S3 servers on loopback: both are killed in the middle, and nothing that was logged or saved is lost."""
 import base64, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import boto3, pytest, torch
 
 from weighted_mtp.config import UserError, apply_overrides
-from weighted_mtp.remote import SPOOLS, Tracker, Uploader, replay, wmtp_sync
+from weighted_mtp.mlflow_sender import SPOOLS
+from weighted_mtp.remote import replay, wmtp_sync
+from weighted_mtp.tracking import Tracker
+from weighted_mtp.uploading import Uploader
 
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 USER, PASSWORD = 'admin', 'a-password-that-shows-nowhere'
@@ -23,7 +26,8 @@ class Server:
 
     def start(self):
         with open(self.folder/'server.log', 'ab') as log:
-            self.p = subprocess.Popen(self.words, cwd=self.folder, env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True)
+            self.p = subprocess.Popen(self.words, cwd=self.folder, env=os.environ | self.env, stdout=log, stderr=log,
+                                      start_new_session=True) # kill() ends its workers too
         end = time.monotonic() + 60
         while time.monotonic() < end and self.p.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(self.uri + self.path, timeout=5): return self
@@ -32,31 +36,45 @@ class Server:
 
     def kill(self):
         if self.p is None: return
-        with contextlib.suppress(ProcessLookupError): os.killpg(self.p.pid, signal.SIGKILL) # its own session: the workers too
+        with contextlib.suppress(ProcessLookupError): os.killpg(self.p.pid, signal.SIGKILL)
         self.p.wait()
 
 @pytest.fixture(scope='module', autouse=True)
 def environment(): # for this module only, and for the processes it starts
-    names = {'MLFLOW_TRACKING_USERNAME': USER, 'MLFLOW_TRACKING_PASSWORD': PASSWORD, 'AWS_ACCESS_KEY_ID': 'AKIAEXAMPLE', 'AWS_SECRET_ACCESS_KEY': 'secret-example',
-             'AWS_DEFAULT_REGION': 'eu-north-1', 'AWS_EC2_METADATA_DISABLED': 'true', 'MLFLOW_DISABLE_TELEMETRY': 'true', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '5'}
+    names = {
+        'MLFLOW_TRACKING_USERNAME': USER, 'MLFLOW_TRACKING_PASSWORD': PASSWORD,
+        'MLFLOW_DISABLE_TELEMETRY': 'true', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '5',
+        'AWS_ACCESS_KEY_ID': 'AKIAEXAMPLE', 'AWS_SECRET_ACCESS_KEY': 'secret-example',
+        'AWS_DEFAULT_REGION': 'eu-north-1', 'AWS_EC2_METADATA_DISABLED': 'true'}
     with pytest.MonkeyPatch.context() as m:
         m.delenv('MLFLOW_TRACKING_URI', raising=False)
         for k, v in names.items(): m.setenv(k, v)
         yield m
 
+AUTH = '''[mlflow]
+default_permission = READ
+auth_cache_ttl_seconds = 600
+database_uri = sqlite:///{folder}/auth.db
+admin_username = {user}
+admin_password = {password}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+'''
+
 @pytest.fixture(scope='module')
 def cold_server(tmp_path_factory, environment): # MLflow, not started yet
     folder = tmp_path_factory.mktemp('mlflow')
-    (folder/'auth.ini').write_text(f'[mlflow]\ndefault_permission = READ\nauth_cache_ttl_seconds = 600\ndatabase_uri = sqlite:///{folder}/auth.db\nadmin_username = {USER}\nadmin_password = {PASSWORD}\n'
-                                   'authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n')
-    server = Server(folder, '/health', ['mlflow', 'server', '--app-name', 'basic-auth', '--backend-store-uri', f'sqlite:///{folder}/mlflow.db', '--artifacts-destination',
-                    str(folder/'artifacts'), '--workers', '1', '--host', '127.0.0.1', '--port'],
-                    MLFLOW_AUTH_CONFIG_PATH=str(folder/'auth.ini'), MLFLOW_FLASK_SERVER_SECRET_KEY='for-tests', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')
+    (folder/'auth.ini').write_text(AUTH.format(folder=folder, user=USER, password=PASSWORD))
+    words = ['mlflow', 'server', '--app-name', 'basic-auth', '--backend-store-uri', f'sqlite:///{folder}/mlflow.db',
+             '--artifacts-destination', str(folder/'artifacts'), '--workers', '1', '--host', '127.0.0.1', '--port']
+    server = Server(folder, '/health', words, MLFLOW_AUTH_CONFIG_PATH=str(folder/'auth.ini'),
+                    MLFLOW_FLASK_SERVER_SECRET_KEY='for-tests', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')
     yield server
     server.kill()
 
 @pytest.fixture
-def mlflow_server(cold_server): return cold_server if cold_server.p and cold_server.p.poll() is None else cold_server.start()
+def mlflow_server(cold_server):
+    is_up = cold_server.p and cold_server.p.poll() is None
+    return cold_server if is_up else cold_server.start()
 
 @pytest.fixture(scope='module')
 def s3_server(tmp_path_factory, environment):
@@ -94,11 +112,12 @@ def hanging(): # accepts connections and never answers
 # ------------------------------------------------------------------ MLflow
 
 def test_mlflow_killed_and_restarted(cold_server, tmp_path, capfd):
-    """The server is not there when the run starts, then up, killed while the run logs, and up again: each metric is there once, and the run has ended."""
+    """The server is not there when the run starts, then up, killed while the run logs, and up again: each metric
+    is there once, and the run has ended."""
     server = cold_server
     (tmp_path/'picture.html').write_text('<b>a picture</b>')
     t = Tracker(config(server.uri, 'outage'), tmp_path)
-    t._worker.longest = 1 # pauses of half a minute are for real outages
+    t._worker.max_pause = 1 # pauses of half a minute are for real outages
     t.params({'training.batch_size': 8})
     for i in range(50): t.log({'train/loss': 1/(i+1), 'grad_norm': float(i)}, i)
     until(lambda: 'does not answer' in capfd.readouterr().err)
@@ -114,7 +133,8 @@ def test_mlflow_killed_and_restarted(cold_server, tmp_path, capfd):
     for i in range(150, 160): t.log({'train/loss': 1/(i+1), 'grad_norm': float(i)}, i)
     assert t.close('FINISHED', 60) is True and not t.spool.exists()
     run, = runs(server.uri, 'outage')
-    assert run.info.run_id == t.run_id and run.info.status == 'FINISHED' and run.data.params == {'training.batch_size': '8'}
+    assert run.info.run_id == t.run_id and run.info.status == 'FINISHED'
+    assert run.data.params == {'training.batch_size': '8'}
     assert history(server.uri, t.run_id, 'train/loss') == [(i, 1/(i+1)) for i in range(160)]
     assert history(server.uri, t.run_id, 'grad_norm') == [(i, float(i)) for i in range(160)]
     assert [f.path for f in client(server.uri).list_artifacts(t.run_id, 'pictures')] == ['pictures/picture.html']
@@ -135,7 +155,7 @@ def test_logging_does_not_wait_for_a_server_that_hangs(hanging, tmp_path, capfd)
 LOGS = '''
 import sys, time
 from weighted_mtp.config import apply_overrides
-from weighted_mtp.remote import Tracker
+from weighted_mtp.tracking import Tracker
 t = Tracker(apply_overrides({}, ['experiment.name=killed', 'mlflow.tracking_uri=' + sys.argv[1]]), sys.argv[2])
 t.params({'training.seed': 1})
 for i in range(1000):
@@ -146,9 +166,11 @@ for i in range(1000):
 time.sleep(600)
 '''
 def test_killed_training_is_replayed_into_one_run(mlflow_server, tmp_path, capfd):
-    """kill -9 while it logs: the run in MLflow goes on where it was, and what had arrived is not doubled; then the same run is resumed."""
+    """kill -9 while it logs: the run in MLflow continues where it was, and what had arrived is not doubled; then the
+    same run is resumed."""
     env = os.environ | {'PYTHONPATH': str(REPO)}
-    with subprocess.Popen([sys.executable, '-c', LOGS, mlflow_server.uri, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) as p:
+    command = [sys.executable, '-c', LOGS, mlflow_server.uri, str(tmp_path)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as p:
         for line in p.stdout:
             if int(line) == 500: break
         spool, = tmp_path.glob(SPOOLS)
@@ -169,7 +191,7 @@ def test_killed_training_is_replayed_into_one_run(mlflow_server, tmp_path, capfd
     assert run.info.status == 'FINISHED' and run.data.metrics['train/loss'] == -1.
 
 def test_server_that_does_not_come_back(mlflow_server, tmp_path, capfd):
-    """`close` keeps to its limit and says what to do; `replay` sends everything later, and twice is the same as once."""
+    """`close` keeps to its limit and says what to do; `replay` sends everything later, twice is the same as once."""
     t = Tracker(config('http://127.0.0.1:9', 'later'), tmp_path)
     for i in range(20): t.log({'eval/auc': i/20}, i)
     start = time.monotonic()
@@ -184,18 +206,21 @@ def test_server_that_does_not_come_back(mlflow_server, tmp_path, capfd):
     t.spool.write_text(copy)
     assert replay(t.spool) == run_id
     run, = runs(mlflow_server.uri, 'later')
-    assert run.info.status == 'FAILED' and history(mlflow_server.uri, run_id, 'eval/auc') == [(i, i/20) for i in range(20)]
+    assert run.info.status == 'FAILED'
+    assert history(mlflow_server.uri, run_id, 'eval/auc') == [(i, i/20) for i in range(20)]
 
-def test_wrong_password_is_told_in_words(mlflow_server, tmp_path, capfd, monkeypatch):
+def test_wrong_password_has_a_readable_message(mlflow_server, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv('MLFLOW_TRACKING_PASSWORD', 'not-the-password')
     t = Tracker(config(mlflow_server.uri, 'refused'), tmp_path)
     t.log({'train/loss': 1.}, 1)
-    until(lambda: t._worker._told)
+    until(lambda: t._worker.error)
     assert t.close(timeout=1.5) is False
     said = capfd.readouterr()
-    assert said.err.count('refuses this user (401)') == 1 and 'MLFLOW_TRACKING_USERNAME' in said.err and 'MLFLOW_TRACKING_PASSWORD' in said.err
+    assert said.err.count('refuses this user (401)') == 1
+    assert 'MLFLOW_TRACKING_USERNAME' in said.err and 'MLFLOW_TRACKING_PASSWORD' in said.err
     with pytest.raises(UserError, match='MLFLOW_TRACKING_PASSWORD') as e: replay(t.spool)
-    for secret in ('not-the-password', PASSWORD): assert secret not in said.out + said.err + t.spool.read_text() + str(e.value)
+    written = said.out + said.err + t.spool.read_text() + str(e.value)
+    for secret in ('not-the-password', PASSWORD): assert secret not in written
     monkeypatch.setenv('MLFLOW_TRACKING_PASSWORD', PASSWORD)
     assert history(mlflow_server.uri, replay(t.spool), 'train/loss') == [(1, 1.)]
 
@@ -208,7 +233,7 @@ def test_password_in_the_address_is_not_written_down(mlflow_server, tmp_path, ca
     assert t.close() is True and PASSWORD not in capfd.readouterr().err
 
 def test_run_that_vanished_is_made_anew(mlflow_server, tmp_path):
-    """A server that comes back with an empty database: the run is there again, whole. Here the run alone is wiped out, for good."""
+    """A server that comes back with an empty database: the run is made again, complete. Here only the run is gone."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     t = Tracker(config(mlflow_server.uri, 'vanished'), tmp_path)
     t.log({'train/loss': 1.}, 1)
@@ -224,7 +249,8 @@ def test_many_threads_and_many_metrics(mlflow_server, tmp_path):
     """More than one request may hold, from several threads; each value is there once."""
     t = Tracker(config(mlflow_server.uri, 'many'), tmp_path)
     t.params({f'p{i}': i for i in range(250)})
-    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda i: t.log({f'm{j}': float(i) for j in range(50)}, i), range(60)))
+    def log(i): t.log({f'm{j}': float(i) for j in range(50)}, i)
+    with ThreadPoolExecutor(4) as pool: list(pool.map(log, range(60)))
     assert t.close() is True
     run = client(mlflow_server.uri).get_run(t.run_id)
     assert len(run.data.params) == 250 and len(run.data.metrics) == 50
@@ -239,14 +265,16 @@ def bucket(server, name='checkpoints'):
 
 def stored(s3): # name -> bytes
     found = s3.list_objects_v2(Bucket='checkpoints', Prefix='critic/demo/').get('Contents', [])
-    return {o['Key'].rpartition('/')[2]: s3.get_object(Bucket='checkpoints', Key=o['Key'])['Body'].read() for o in found}
+    def read(key): return s3.get_object(Bucket='checkpoints', Key=key)['Body'].read()
+    return {o['Key'].rpartition('/')[2]: read(o['Key']) for o in found}
 
 def save(folder, name, content): # as checkpoints are written
     (folder/f'{name}.part').write_bytes(content)
     return (folder/f'{name}.part').replace(folder/name)
 
 def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
-    """The server dies between checkpoints and comes back empty: uploads go on, and at the end the bucket holds what the folder holds, old files too."""
+    """The server dies between checkpoints and comes back empty: uploads continue, and at the end the bucket holds what
+    the folder holds, old files too."""
     s3 = bucket(s3_server)
     up = Uploader('s3://checkpoints/critic/demo')
     big = os.urandom(70 << 20) # more than one part
@@ -258,7 +286,10 @@ def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
     start = time.monotonic()
     for i in range(2, 6): # goes on training, with save_total_limit = 3
         up.put(save(tmp_path, f'checkpoint_epoch_{i/5:.2f}.pt', b'%d' % i))
-        if i > 3: (old := tmp_path/f'checkpoint_epoch_{(i-3)/5:.2f}.pt').unlink(); up.delete(old)
+        if i > 3:
+            old = tmp_path/f'checkpoint_epoch_{(i-3)/5:.2f}.pt'
+            old.unlink()
+            up.delete(old)
     assert time.monotonic() - start < 2
     until(lambda: 'does not answer' in capfd.readouterr().err)
     s3_server.start() # with nothing in it
@@ -267,14 +298,15 @@ def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
     up.put(save(tmp_path, 'checkpoint_final.pt', b'final'))
     assert up.close(30) is True
     assert stored(s3) == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    assert set(stored(s3)) == {'checkpoint_epoch_0.60.pt', 'checkpoint_epoch_0.80.pt', 'checkpoint_epoch_1.00.pt', 'checkpoint_best.pt', 'checkpoint_final.pt'}
+    names = {'epoch_0.60', 'epoch_0.80', 'epoch_1.00', 'best', 'final'}
+    assert set(stored(s3)) == {f'checkpoint_{x}.pt' for x in names}
 
 def test_s3_that_hangs_holds_nothing_up(hanging, tmp_path):
-    """Neither the loop, nor `close`, nor the end of the process, which would wait for any thread that is not a daemon."""
+    """Neither the loop, nor `close`, nor the end of the process, which would wait for a thread that is not a daemon."""
     code = '''
 import sys, time
 from pathlib import Path
-from weighted_mtp.remote import Uploader
+from weighted_mtp.uploading import Uploader
 up = Uploader('s3://checkpoints/x')
 file = Path(sys.argv[1])/'checkpoint_best.pt'
 for i in range(50): file.write_bytes(b'x'*100_000); up.put(file)
@@ -282,33 +314,39 @@ time.sleep(1)
 sys.exit(3 if up.close(.5) is False else 0)
 '''
     env = os.environ | {'PYTHONPATH': str(REPO), 'AWS_ENDPOINT_URL': hanging}
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, capture_output=True, text=True, timeout=30) # a read times out after 60 s
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env=env, capture_output=True, text=True,
+                          timeout=30) # a read times out after 60 s
     assert done.returncode == 3 and f"put {tmp_path/'checkpoint_best.pt'}" in done.stderr, done.stderr
 
-def test_s3_refusing_credentials_is_told_in_words(tmp_path, capfd, monkeypatch, tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp('s3-strict'), '/moto-api/', ['moto_server', '-H', '127.0.0.1', '-p'], INITIAL_NO_AUTH_ACTION_COUNT='0')
+def test_s3_refusing_credentials_has_a_readable_message(tmp_path, capfd, monkeypatch, tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp('s3-strict'), '/moto-api/', ['moto_server', '-H', '127.0.0.1', '-p'],
+                    INITIAL_NO_AUTH_ACTION_COUNT='0')
     try:
         server.start()
         monkeypatch.setenv('AWS_ENDPOINT_URL', server.uri)
         up = Uploader('s3://checkpoints')
         up.put(save(tmp_path, 'checkpoint_best.pt', b'best'))
-        until(lambda: up._worker._told)
+        until(lambda: up._worker.error)
         assert up.close(1.5) is False
     finally: server.kill()
     said = capfd.readouterr().err
-    assert said.count('refuses these credentials') == 1 and 'AWS_SECRET_ACCESS_KEY' in said and 'secret-example' not in said and 'AKIAEXAMPLE' not in said
+    assert said.count('refuses these credentials') == 1 and 'AWS_SECRET_ACCESS_KEY' in said
+    for secret in ('secret-example', 'AKIAEXAMPLE'): assert secret not in said
     monkeypatch.delenv('AWS_ACCESS_KEY_ID'); monkeypatch.delenv('AWS_SECRET_ACCESS_KEY')
     monkeypatch.setenv('HOME', str(tmp_path)) # no credentials of the machine's own
     up = Uploader('s3://checkpoints')
     up.put(tmp_path/'checkpoint_best.pt')
-    until(lambda: up._worker._told)
+    until(lambda: up._worker.error)
     assert up.close(.1) is False and 'cannot be used without AWS_ACCESS_KEY_ID' in capfd.readouterr().err
 
-# ------------------------------------------------------------------ a whole training
+# ------------------------------------------------------------------ a complete training
 
 STEPS, EVERY = 400, 5
-SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=20', 'model.hidden_size=32', 'model.n_layers=1', 'model.n_heads=2', 'training.cpu_threads=1',
-         'training.batch_size=4', f'training.log_every={EVERY}', f'training.max_steps={STEPS}', 'checkpoint.save_checkpoint_every=0.3', 'checkpoint.save_total_limit=100']
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=20',
+         'model.hidden_size=32', 'model.n_layers=1', 'model.n_heads=2',
+         'training.cpu_threads=1', 'training.batch_size=4', f'training.log_every={EVERY}',
+         f'training.max_steps={STEPS}', 'checkpoint.save_checkpoint_every=0.3',
+         'checkpoint.save_total_limit=100']
 KEYS = {'AWS_ACCESS_KEY_ID': 'AKIA5PLANTED7KEY9ID', 'AWS_SECRET_ACCESS_KEY': 'planted/secret+access/key'}
 
 @pytest.fixture(scope='module')
@@ -319,17 +357,20 @@ def project(tmp_path_factory):
     (root/'home').mkdir()
     return root
 
-def surroundings(project, **more): return os.environ | KEYS | {'PYTHONPATH': str(REPO), 'HOME': str(project/'home'), **more}
+def process_env(project, **more):
+    return os.environ | KEYS | {'PYTHONPATH': str(REPO), 'HOME': str(project/'home'), **more}
 
 class Training:
     "A training process; what it says goes into files of the project."
     def __init__(self, project, name, uri, *overrides):
         self.record, self.checkpoints = project/'runs'/name, project/'storage/checkpoints/ntp'/name
         self.record.mkdir(parents=True)
-        words = [w for o in (*SMALL, f'experiment.name={name}', f'mlflow.tracking_uri={uri}', *overrides) for w in ('--override', o)]
+        overrides = [*SMALL, f'experiment.name={name}', f'mlflow.tracking_uri={uri}', *overrides]
+        command = [sys.executable, '-m', 'weighted_mtp.pipelines.run_ntp', '--config', 'configs/ntp/ntp_micro.yaml']
+        for o in overrides: command += ['--override', o]
+        env = process_env(project, WMTP_RUN_DIR=str(self.record))
         with open(project/f'{name}.out', 'wb') as out, open(project/f'{name}.err', 'wb') as err:
-            self.p = subprocess.Popen([sys.executable, '-m', 'weighted_mtp.pipelines.run_ntp', '--config', 'configs/ntp/ntp_micro.yaml', *words], cwd=project,
-                                      env=surroundings(project, WMTP_RUN_DIR=str(self.record)), stdout=out, stderr=err)
+            self.p = subprocess.Popen(command, cwd=project, env=env, stdout=out, stderr=err)
         self.err = Path(err.name)
 
     def step(self): # as the progress bar of the form sees it
@@ -338,7 +379,8 @@ class Training:
 
     def logged(self): # the last step whose loss has gone into the spool
         spool, = self.record.glob(SPOOLS)
-        return max(x['step'] for x in map(json.loads, spool.read_text().splitlines(keepends=True)[:-1]) if 'train/loss' in x.get('metrics', {}))
+        lines = map(json.loads, spool.read_text().splitlines(keepends=True)[:-1])
+        return max(x['step'] for x in lines if 'train/loss' in x.get('metrics', {}))
 
     def said(self, text): return text in self.err.read_text()
     def result(self): return json.loads((self.record/'result.json').read_text())
@@ -354,24 +396,31 @@ def alone(project, cold_server): # trains without any server; the one its config
     yield t, late
     t.kill(); late.kill()
 
-def files_with(folder, *texts): return [(f.name, x) for f in folder.rglob('*') if f.is_file() for x in texts if x.encode() in f.read_bytes()]
+def files_with(folder, *texts):
+    files = [f for f in folder.rglob('*') if f.is_file()]
+    return [(f.name, x) for f in files for x in texts if x.encode() in f.read_bytes()]
 
 def assert_no_secret(project):
     assert files_with(project, 'train/loss') # it does look into the files
-    assert not files_with(project, PASSWORD, *KEYS.values(), base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode())
+    header = base64.b64encode(f'{USER}:{PASSWORD}'.encode()).decode()
+    assert not files_with(project, PASSWORD, *KEYS.values(), header)
 
 def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server):
-    """Both servers are killed while a process trains, and come back steps later, the S3 one empty: it ends as if nothing had happened, and both hold all of it."""
+    """Both servers are killed while a process trains, and come back steps later, the S3 one empty: it ends as if
+    nothing had happened, and both hold all of it."""
     s3, uri = bucket(s3_server, 'wmtp-training'), mlflow_server.uri
+    names = f'MLflow at {uri}', 's3://wmtp-training/wmtp/ntp/served'
     in_bucket = lambda: {o['Key']: o['Size'] for o in s3.list_objects_v2(Bucket='wmtp-training').get('Contents', [])}
     steps = lambda run_id: [i for i, _ in history(uri, run_id, 'train/loss')]
     t = Training(project, 'served', uri, 'checkpoint.upload_to=s3://wmtp-training/wmtp')
     try:
         run, = until(lambda: runs(uri, 'served'), 90)
-        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and [k for k in in_bucket() if 'epoch' in k], 120) # which are not written again
+        epochs = lambda: [k for k in in_bucket() if 'epoch' in k] # files that are not written again
+        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and epochs(), 120)
         mlflow_server.kill(); s3_server.kill()
         before = t.logged()
-        until(lambda: t.said(f'MLflow at {uri} does not answer') and t.said('s3://wmtp-training/wmtp/ntp/served does not answer') and t.logged() >= before + 4*EVERY, 120)
+        noticed = lambda: all(t.said(f'{name} does not answer') for name in names)
+        until(lambda: noticed() and t.logged() >= before + 4*EVERY, 120)
         t.p.send_signal(signal.SIGSTOP) # however slowly servers start, steps are left for when they are back
         between = t.logged()
         assert 0 < before < between < STEPS - 4*EVERY and t.p.poll() is None
@@ -382,15 +431,18 @@ def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server
         t.p.send_signal(signal.SIGCONT)
         t.ended()
     finally: t.kill()
-    assert t.said(f'MLflow at {uri} works again') and t.said('s3://wmtp-training/wmtp/ntp/served works again')
+    for name in names: assert t.said(f'{name} works again')
     run, = runs(uri, 'served')
     assert run.info.status == 'FINISHED' and steps(run.info.run_id) == [*range(EVERY, STEPS+1, EVERY)]
-    assert run.data.params.items() >= {'pipeline': 'ntp', 'training.max_steps': str(STEPS), 'checkpoint.upload_to': 's3://wmtp-training/wmtp'}.items()
+    params = {'pipeline': 'ntp', 'training.max_steps': str(STEPS), 'checkpoint.upload_to': 's3://wmtp-training/wmtp'}
+    assert run.data.params.items() >= params.items()
     result = t.result()
-    assert result['mlflow_run_id'] == run.info.run_id and result['mlflow_uri'] == uri and not list(t.record.glob(SPOOLS))
+    assert result['mlflow_run_id'] == run.info.run_id and result['mlflow_uri'] == uri
+    assert not list(t.record.glob(SPOOLS))
     assert result['metrics'] and run.data.metrics.items() >= result['metrics'].items()
     files = {f'wmtp/ntp/served/{f.name}': f.stat().st_size for f in t.checkpoints.glob('*.pt')}
-    assert in_bucket() == files and files.keys() >= {*held, 'wmtp/ntp/served/checkpoint_best.pt', 'wmtp/ntp/served/checkpoint_final.pt'}
+    last = {f'wmtp/ntp/served/checkpoint_{x}.pt' for x in ('best', 'final')}
+    assert in_bucket() == files and files.keys() >= {*held, *last}
     until((alone[0].checkpoints/'checkpoint_final.pt').is_file, 90)
     state, other = t.final()['state'], alone[0].final()['state']
     assert state.keys() == other.keys()
@@ -406,10 +458,12 @@ def test_training_whose_mlflow_never_comes_back(project, alone):
     result = t.result()
     assert result['mlflow_run_id'] is None and result['metrics'] and t.final()['step'] == STEPS
     late.start()
-    sync = subprocess.run([BIN/'wmtp-sync', t.record], cwd=project, env=surroundings(project), capture_output=True, text=True, timeout=120)
+    sync = subprocess.run([BIN/'wmtp-sync', t.record], cwd=project, env=process_env(project), capture_output=True,
+                          text=True, timeout=120)
     assert sync.returncode == 0 and not spool.exists(), sync.stdout + sync.stderr
     run, = runs(late.uri, 'alone')
-    assert run.info.run_id in sync.stdout and run.info.status == 'FINISHED' and run.data.params['training.max_steps'] == str(STEPS)
+    assert run.info.run_id in sync.stdout and run.info.status == 'FINISHED'
+    assert run.data.params['training.max_steps'] == str(STEPS)
     assert [i for i, _ in history(late.uri, run.info.run_id, 'train/loss')] == [*range(EVERY, STEPS+1, EVERY)]
     assert run.data.metrics.items() >= result['metrics'].items()
     (project/'sync.log').write_text(sync.stdout + sync.stderr)

@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from weighted_mtp.losses import masked_mean, pairwise_loss, value_loss
-from weighted_mtp.weighting import (RunningMoments, advantage_weights, gae_advantages, lambda_returns, lambda_schedule, select_tokens,
-                                    td_errors)
+from weighted_mtp.weighting import (RunningMoments, advantage_weights, gae_advantages, lambda_returns, lambda_schedule,
+                                    select_tokens, td_errors)
 
 GRID = list(product((0., .5, .95, 1.), (0., .5, .95, 1.)))
 
@@ -65,11 +65,13 @@ def same(got, want, **kw): assert_close(got, torch.tensor(want, dtype=torch.floa
 def test_recurrences_agree_with_loops(gamma, lam, T):
     v, m, R = example(T)
     for rewards, start in product((None, R), (.5, 0., -1.25)):
-        same(td_errors(v, m, gamma, start, rewards), loop_td(plain(v), m.tolist(), gamma, start, plain(rewards)))
-        same(gae_advantages(v, m, gamma, lam, start, rewards), loop_gae(plain(v), m.tolist(), gamma, lam, start, plain(rewards)))
+        rest = start, plain(rewards)
+        same(td_errors(v, m, gamma, start, rewards), loop_td(plain(v), m.tolist(), gamma, *rest))
+        same(gae_advantages(v, m, gamma, lam, start, rewards), loop_gae(plain(v), m.tolist(), gamma, lam, *rest))
     want = loop_returns(plain(v), plain(R), m.tolist(), gamma, lam)
     same(lambda_returns(v, R, m, gamma, lam), want)
-    same(lambda_returns(v, R, m, torch.tensor(gamma, dtype=torch.float64), torch.tensor(lam, dtype=torch.float64)), want)
+    tensors = [torch.tensor(x, dtype=torch.float64) for x in (gamma, lam)]
+    same(lambda_returns(v, R, m, *tensors), want)
 
 def test_long_sequences_and_telescoping():
     torch.manual_seed(0)
@@ -115,9 +117,12 @@ def test_padding_changes_nothing():
 def test_bf16_in_float32_out():
     v, m, R = example()
     h, r = v.bfloat16(), R.bfloat16()
-    pairs = [(gae_advantages(h, m, rewards=r), gae_advantages(h.float(), m, rewards=R)), (lambda_returns(h, r, m), lambda_returns(h.float(), R, m)),
-             (advantage_weights(h, m), advantage_weights(h.float(), m)), (value_loss(h, h*0, m), value_loss(h.float(), h.float()*0, m)),
-             (pairwise_loss(h, m, h.flip(0), m), pairwise_loss(h.float(), m, h.float().flip(0), m))]
+    f = h.float()
+    pairs = [(gae_advantages(h, m, rewards=r), gae_advantages(f, m, rewards=R)),
+             (lambda_returns(h, r, m), lambda_returns(f, R, m)),
+             (advantage_weights(h, m), advantage_weights(f, m)),
+             (value_loss(h, h*0, m), value_loss(f, f*0, m)),
+             (pairwise_loss(h, m, h.flip(0), m), pairwise_loss(f, m, f.flip(0), m))]
     for got, want in pairs:
         assert got.dtype == torch.float32
         assert torch.equal(got, want)
@@ -131,19 +136,21 @@ def test_gradients(junk):
         f(x).sum().backward()
         assert x.grad.isfinite().all() and (x.grad[~m] == 0).all()
         return x.grad
-    # lam = gamma = 1 with a reward: the sum of A is sum(R - V_{t-1}), so every valid token but the last of its row gets -1
+    # lam = gamma = 1 with a reward: the sum of A is sum(R - V_{t-1}), so all valid tokens but the last of a row get -1
     last = m & (m.flip(1).cumsum(1).flip(1) == 1)
     assert_close(grad(lambda x: gae_advantages(x, m, 1., 1., rewards=R)), -(m & ~last).float())
     # lam = 0: every valid token but the first of its row is someone's target
     assert_close(grad(lambda x: lambda_returns(x, R, m, 1., 0.)), (m & (m.cumsum(1) > 1)).float())
-    for f in (lambda x: value_loss(x, R[:, None].expand_as(x), m, 'huber'), lambda x: pairwise_loss(x, m, x.flip(0).detach(), m.flip(0))):
-        assert grad(f).abs().sum() > 0
+    assert grad(lambda x: value_loss(x, R[:, None].expand_as(x), m, 'huber')).abs().sum() > 0
+    assert grad(lambda x: pairwise_loss(x, m, x.flip(0).detach(), m.flip(0))).abs().sum() > 0
 
 def test_no_host_sync_no_fixed_device():
     "The meta device has no data: `.item()`, `bool(tensor)` and tensors made on the CPU all raise there."
     v, m, R = (x.to('meta') for x in example())
-    for x in (gae_advantages(v, m, rewards=R), lambda_returns(v, R, m), advantage_weights(v, m), td_errors(v, m)): assert x.shape == v.shape
-    assert select_tokens(v[..., None].expand(-1, -1, 4), v[..., None].expand(-1, -1, 4), m).shape == (*v.shape, 4)
+    for x in (gae_advantages(v, m, rewards=R), lambda_returns(v, R, m), advantage_weights(v, m), td_errors(v, m)):
+        assert x.shape == v.shape
+    by_head = v[..., None].expand(-1, -1, 4)
+    assert select_tokens(by_head, by_head, m).shape == (*v.shape, 4)
     RunningMoments().update(v, m)
     assert value_loss(v, v, m).shape == pairwise_loss(v, m, v, m).shape == ()
 
@@ -153,7 +160,7 @@ def test_lambda_schedule():
         assert lambda_schedule(0, 1., .8, kind, .25) == lambda_schedule(.25, 1., .8, kind, .25) == 1.
         assert lambda_schedule(1, 1., .8, kind, .25) == pytest.approx(1. if kind == 'constant' else .8)
         assert lambda_schedule(1, .9, .8, kind, 1.) == .9 # held to the end
-    assert lambda_schedule(.625, 1., .8, 'linear', .25) == pytest.approx(.9) == lambda_schedule(.625, 1., .8, 'cosine', .25)
+    for kind in ('linear', 'cosine'): assert lambda_schedule(.625, 1., .8, kind, .25) == pytest.approx(.9)
     assert lambda_schedule(.4, 1., .8, 'cosine') > lambda_schedule(.4, 1., .8, 'linear')
     with pytest.raises(ValueError, match='constant, linear, cosine'): lambda_schedule(.5, 1., .8, 'cubic')
 
@@ -163,7 +170,8 @@ def test_weights_agree_with_a_loop():
     flat = [x for x, k in zip(v.double().flatten().tolist(), m.flatten().tolist()) if k]
     mu = sum(flat)/len(flat)
     sd = math.sqrt(sum((x-mu)**2 for x in flat)/len(flat))
-    want = [[min(2., max(.2, math.exp((x-mu)/(sd+1e-8)/.7))) if k else 0. for x, k in zip(*rows)] for rows in zip(plain(v), m.tolist())]
+    def weight(x): return min(2., max(.2, math.exp((x-mu)/(sd+1e-8)/.7)))
+    want = [[weight(x) if k else 0. for x, k in zip(*rows)] for rows in zip(plain(v), m.tolist())]
     same(advantage_weights(v, m, .7, .2, 2.), want)
     same(advantage_weights(v, m, .7, .2, 2., mean=mu, std=sd), want)
     same(advantage_weights(v, m, .7, .2, 2., mean=torch.tensor(mu), std=torch.tensor(sd)), want)
@@ -171,8 +179,10 @@ def test_weights_agree_with_a_loop():
 def test_weights_of_few_or_equal_tokens():
     v, one, none = torch.randn(2, 5), torch.zeros(2, 5), torch.zeros(2, 5)
     one[1, 3] = 1
-    for top in (3., .5): assert torch.equal(advantage_weights(v, one, max_weight=top), one) and torch.equal(advantage_weights(v, none, max_weight=top), none)
-    assert advantage_weights(v, one, mean=v[1, 3]-1, std=1.)[1, 3].item() == pytest.approx(math.e, rel=1e-5) # given moments: one token is enough
+    for top in (3., .5):
+        for mask in (one, none): assert torch.equal(advantage_weights(v, mask, max_weight=top), mask)
+    given = advantage_weights(v, one, mean=v[1, 3]-1, std=1.) # with given moments one token is enough
+    assert given[1, 3].item() == pytest.approx(math.e, rel=1e-5)
     for c in (.1, -.3, 1/3, 1e4): assert (advantage_weights(torch.full((7, 1001), c), torch.ones(7, 1001)) == 1).all()
     for kw in (dict(mean=0.), dict(std=1.)):
         with pytest.raises(ValueError, match='both'): advantage_weights(v, one, **kw)
@@ -196,7 +206,8 @@ def test_running_moments_agree_with_a_loop(momentum):
         rm.update(x, m); rm.update(x, m & False) # a step without tokens does not count
         seen.append(x[m].double().tolist())
         mean, std = loop_moments(seen, momentum)
-        assert_close(rm.mean, torch.tensor(mean), rtol=1e-6, atol=0.); assert_close(rm.std, torch.tensor(std), rtol=1e-5, atol=0.)
+        assert_close(rm.mean, torch.tensor(mean), rtol=1e-6, atol=0.)
+        assert_close(rm.std, torch.tensor(std), rtol=1e-5, atol=0.)
     assert rm.mean.dtype == rm.std.dtype == torch.float32 and rm.mean.shape == rm.std.shape == ()
 
 def test_running_moments_state(tmp_path):
@@ -260,7 +271,7 @@ def test_select_tokens_agrees_with_a_loop(mode, k_percent):
 def test_select_tokens_counts_exactly():
     for N in (1, 2, 3, 10, 99, 100, 1000):
         x, m = torch.rand(1, N+1, 1), torch.ones(1, N+1)
-        for percent in (1, 7, 29, 30, 55, 57, 58, 60, 70, 90, 99, 100): # 0.07*100, 0.55*100, 0.57*100 ... are not whole in floating point
+        for percent in (1, 7, 29, 30, 55, 57, 58, 60, 70, 90, 99, 100): # 0.07*100, 0.55*100, … are no integers
             assert select_tokens(x, x*0, m, percent/100).sum().item() == -(-percent*N//100), (percent, N)
 
 def test_select_tokens_edges():
@@ -268,7 +279,8 @@ def test_select_tokens_edges():
     got = select_tokens(x, x*0, torch.ones(2, 3), 1.)
     assert got.sum((0, 1)).tolist() == [4, 2, 0, 0, 0] and got.dtype == torch.float32
     assert (select_tokens(x, x*0, torch.zeros(2, 3)) == 0).all()
-    assert select_tokens(torch.full((1, 6, 1), -torch.inf), torch.zeros(1, 6, 1), torch.tensor([[0, 0, 0, 1, 1, 0]]), 1.)[0, :, 0].tolist() == [0, 0, 1, 1, 0, 0]
+    infinite, mask = torch.full((1, 6, 1), -torch.inf), torch.tensor([[0, 0, 0, 1, 1, 0]])
+    assert select_tokens(infinite, torch.zeros(1, 6, 1), mask, 1.)[0, :, 0].tolist() == [0, 0, 1, 1, 0, 0]
     with pytest.raises(ValueError, match='signed, absolute, difficult'): select_tokens(x, x, x[..., 0], mode='hard')
     for k in (0, -.1, 1.01, 60, math.nan):
         with pytest.raises(ValueError, match='above 0 and at most 1'): select_tokens(x, x, x[..., 0], k)
@@ -277,7 +289,8 @@ def test_select_tokens_edges():
 def test_losses_agree_with_loops():
     v, m, R = example()
     w, n = v.flip(0, 1), m.flip(0)
-    rows = [(sum(a)/len(a), sum(b)/len(b)) for a, b in ((v[i][m[i]].tolist(), w[i][n[i]].tolist()) for i in range(12)) if a and b]
+    tokens = [(v[i][m[i]].tolist(), w[i][n[i]].tolist()) for i in range(12)]
+    rows = [(sum(a)/len(a), sum(b)/len(b)) for a, b in tokens if a and b]
     assert_close(pairwise_loss(v, m, w, n), torch.tensor(sum(math.log1p(math.exp(b-a)) for a, b in rows)/len(rows)))
     far = torch.where(torch.rand(12, 37) < .5, 3*w, w)
     huber = lambda d: d*d/2 if abs(d) <= 1 else abs(d) - .5

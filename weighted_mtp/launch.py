@@ -13,10 +13,10 @@ from .files import UserError
 # from here too: notebooks of earlier records import it so
 from .launch_notebook import keep_notebook, request_notebook, notebook_request
 from .outcomes import vessl_links
-from .plan import Plan, estimate_rows, make_plan # make_plan: from here too
+from .plan import Plan, estimate_rows, make_plan# make_plan: from here too
 from .records import FINAL, best_checkpoint, load_record, new_record, read_records, short_path
 from .request import CRITIC_KEY, DEFAULTS, check_request, complete_request, split_overrides
-from .run_handle import Run # from here too
+from .run_handle import Run# from here too
 from .vessl_run import run_yaml_text
 
 # %% ../nbs/launching/14_launch.ipynb #70741f2f

@@ -24,8 +24,9 @@ from .data import vocabulary_id
 from .files import UserError, flatten, project_root, read_json, write_text
 from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
-from .remote import Tracker, Uploader
 from .sharding import full_state_dict, load_full_state_dict
+from .tracking import Tracker
+from .uploading import Uploader
 
 # %% ../nbs/training/07_runs.ipynb #25ba75d6
 def _is_training(run): # whether the process of `run.json` still lives, and is not this one

@@ -66,7 +66,8 @@ def help_of(command):
     return done.stdout.strip()
 
 def cli_page():
-    parts = ['# Commands', '', 'What each command says to `--help`. All pipelines take the same options as `run_critic`.']
+    about = 'What each command says to `--help`. All pipelines take the same options as `run_critic`.'
+    parts = ['# Commands', '', about]
     for command in COMMANDS: parts += ['', f'## {command}', '', '```text', help_of(command), '```']
     return '\n'.join(parts)
 

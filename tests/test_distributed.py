@@ -1,6 +1,6 @@
 """One process or two, sharded or not, in one batch or in micro-batches: the same training.
 And what happens when one of two fails."""
-import json, os, shutil, subprocess, sys, time
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -118,7 +118,7 @@ def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     if want['moments']: torch.testing.assert_close(got['moments'], want['moments'])
 
 def test_sharding_spreads_the_parameters(steps):
-    for name, (n, _) in CUTS.items():
+    for name in CUTS:
         for pipeline, found in steps[name].items():
             if 'sharded' in name: assert .4 < found['held'] < .6, (pipeline, found['held'])
             else: assert found['held'] == 1

@@ -85,7 +85,7 @@ def measure(root, case, n, port, rank): # growth of this process's peak
     return status('VmHWM') - before
 
 def measure_all(root): # each case in a process of its own, forked from one that has imported everything
-    import weighted_mtp.critic, weighted_mtp.policies, weighted_mtp.synthetic
+    import weighted_mtp.critic, weighted_mtp.policies, weighted_mtp.synthetic # noqa: F401
     peaks, fork = {}, multiprocessing.get_context('fork')
     for case in CASES:
         n, port = CASES[case][4], free_port()

@@ -92,7 +92,7 @@ def policy_is_exact(policy, ids, own):
     ours = policy(ids, labels=ids)
     near(ours.loss, sum(by_head)/3)
     near(ours.token_ce[:, :-1, 0], next_token_loss(own, ids))
-    for p, g, w in zip(trained, torch.autograd.grad(ours.loss, trained, allow_unused=True), want):
+    for g, w in zip(torch.autograd.grad(ours.loss, trained, allow_unused=True), want):
         assert (g is None) == (w is None)
         if w is not None: near(g, w, 1e-4*max(1, w.abs().max().item()))
 

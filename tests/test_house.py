@@ -10,8 +10,8 @@ LIBRARY = [p for p in NOTEBOOKS if p.parent.name not in ('nbs', 'studies', 'pipe
 WIDTH = 120
 # What transformers' guide to writing models asks for: https://huggingface.co/docs/transformers/custom_models
 MODEL_ATTRIBUTES = {'_no_split_modules', '_tied_weights_keys', '_init_weights', '_keys_to_ignore_on_load_missing',
-                    '_keys_to_ignore_on_load_unexpected', '_supports_sdpa', '_supports_flash_attn', '_supports_flex_attn',
-                    '_supports_attention_backend', '_can_compile_fullgraph', '_can_record_outputs'}
+                    '_keys_to_ignore_on_load_unexpected', '_supports_sdpa', '_supports_flash_attn',
+                    '_supports_flex_attn', '_supports_attention_backend', '_is_stateful'}
 OWN_BY_NAME = {'_fields', '_replace', '_asdict', '_make', '_exit'} # documented as public: namedtuple's, os._exit
 # What a forked process has to do at its end, and Python has no public function for; its multiprocessing calls the same
 EXCEPTIONS = {'sandbox_program': {'_shutdown', '_run_exitfuncs'}}
@@ -24,7 +24,8 @@ def name(path): return str(path.relative_to(REPO))
 def too_long(text):
     "Numbers of lines over `WIDTH` columns; a URL may be as long as it is, and nbdev writes `__all__` as it likes."
     text = re.sub(r'^__all__ = \[.*?\]', lambda m: '\n'*m[0].count('\n'), text, flags=re.S | re.M)
-    return [i for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH and not re.search(r'https?://\S{60}', line)]
+    lines = enumerate(text.splitlines(), 1)
+    return [i for i, line in lines if len(line) > WIDTH and not re.search(r'https?://\S{60}', line)]
 
 SCRIPTS = [p for folder in ('tests', 'docs') for p in sorted((REPO/folder).glob('*.py'))]
 
@@ -90,8 +91,12 @@ def test_no_private_name_of_a_library_is_used(path):
     own = definitions() | OWN_BY_NAME | MODEL_ATTRIBUTES | EXCEPTIONS.get(path.stem, set())
     tree = ast.parse(path.read_text())
     used = {(n.lineno, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and is_private(n.attr)}
-    used |= {(n.lineno, a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level for a in n.names
-             if is_private(a.name) or any(is_private(part) for part in (n.module or '').split('.'))}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and not n.level:
+            private = any(is_private(part) for part in n.module.split('.'))
+            used |= {(n.lineno, a.name) for a in n.names if private or is_private(a.name)}
+        if isinstance(n, ast.Call) and getattr(n.func, 'id', '') in ('getattr', 'setattr', 'hasattr'): # by its text
+            used |= {(n.lineno, a.value) for a in n.args[1:2] if isinstance(a, ast.Constant) and is_private(a.value)}
     assert not {(line, word) for line, word in used if word not in own}
 
 WRITTEN_BY_PYTHON = {'_abc_impl', '_is_protocol', '_is_runtime_protocol', '_backward_cls'} # by metaclasses

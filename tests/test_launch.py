@@ -6,7 +6,6 @@ into its record. Training end to end is tested elsewhere.
 """
 import json, os, shutil, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import psutil, pytest
@@ -343,7 +342,7 @@ def test_command_follows_a_run(project):
         return wmtp(project, 'critic', '--ngpus', '1', '--target', 'local', '--override', f'experiment.name={kind[0]}',
                     '--name', f'followed-{kind[0]}')
     with ThreadPoolExecutor(2) as pool: ended = list(pool.map(run, kinds))
-    for (kind, code, says), done in zip(kinds, ended): # a bug's traceback is in the log
+    for (_, code, says), done in zip(kinds, ended): # a bug's traceback is in the log
         assert done.returncode == code and says in done.stderr and 'Traceback' not in done.stderr, done
     assert 'record      runs/followed-critic-pretrain' in ended[0].stdout and '4/4' in ended[0].stdout
 

@@ -3,7 +3,6 @@
 `WMTP_ALL=1` makes the 200 launches under faults that the issue asks for; CI makes 40.
 """
 import json, os, random, re, shlex, signal, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest, yaml
@@ -392,7 +391,7 @@ def test_logs_under_faults(here, service):
 
 def test_status_words(here, service):
     from weighted_mtp.launch import Run, launch
-    run = launch('critic', 1, name='v-words')
+    launch('critic', 1, name='v-words')
     # an unknown status is not final
     for word, ours in (('paused-by-moon', 'paused-by-moon'), ('idle', 'idle'), ('terminated', 'stopped')):
         service.status = lambda run: word

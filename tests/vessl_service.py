@@ -5,7 +5,7 @@ step), or fails where its command holds the word `fail-on-cluster`, and prints a
 Endpoints and fields: shared/reference/vessl-contract.md.
 """
 import json, re, threading, time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -71,7 +71,7 @@ class Service:
         spec, status = run['spec'], self.status(run)
         description, cluster = spec.get('description', ''), dict(name=spec['resources']['cluster'])
         return dict(id=run['id'], status=status, status_reason='the command failed' if status == 'failed' else '',
-                    message=description, create_dt=datetime.fromtimestamp(run['created'], timezone.utc).isoformat(),
+                    message=description, create_dt=datetime.fromtimestamp(run['created'], UTC).isoformat(),
                     tags=[dict(id=i, name=t) for i, t in enumerate(spec.get('tags') or [])],
                     run_spec=dict(title=spec['name'], description=description, type='batch', cluster=cluster))
 

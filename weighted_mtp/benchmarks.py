@@ -31,7 +31,7 @@ def _problem_fault(p):
     texts = (p['problem_id'], p['instruction'], p.get('input') or '')
     if not all(isinstance(x, str) for x in texts): return 'problem_id, instruction and input have to be text'
     t = p['tests']
-    if not isinstance(t, dict) or t.get('kind') not in _KINDS: return _unknown_kind(t)
+    if not isinstance(t, dict) or t.get('kind') not in list(_KINDS): return _unknown_kind(t)
     wrong = next((k for k, types in _KINDS[t['kind']].items() if not isinstance(t.get(k), types)), None)
     if wrong: return f"tests.{wrong} is {'of the wrong type' if wrong in t else 'missing'}"
     if t['kind'] == 'answer' and finite_number(t['answer']) is None:

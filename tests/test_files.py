@@ -8,8 +8,9 @@ from weighted_mtp.corpus import open_corpus
 from weighted_mtp.data import format_prompt, read_solutions
 from weighted_mtp.evaluation import evaluate, load_benchmark
 from weighted_mtp.jsonl import read_jsonl
+from weighted_mtp.rows import read_rows
 from weighted_mtp.sampling import load_pairs, load_solutions
-from weighted_mtp.storage import read_rows, setup_data
+from weighted_mtp.storage import setup_data
 
 from test_storage import REPO
 
@@ -282,7 +283,7 @@ def test_empty_paths_and_files_in_the_way(tmp_path, tokenizer, monkeypatch, caps
     for what, value in (('temperature', float('nan')), ('temperature', float('inf')), ('top_p', 0), ('limit', 0)):
         with pytest.raises(UserError, match=f'{what} = .* is not possible: it has to be '):
             evaluate(None, tokenizer, [problem], **{what: value})
-    monkeypatch.setattr('weighted_mtp.storage._to_volume', lambda storage: pytest.fail('uploads'))
+    monkeypatch.setattr('weighted_mtp.upload._sender_to_volume', lambda storage: pytest.fail('uploads'))
     monkeypatch.setattr('weighted_mtp.storage.hub_files', lambda *a: pytest.fail('fetches'))
     for command, words, says in ((wmtp_setup, ['upload', ''], 'path is empty'),
                                  (wmtp_setup, ['upload', ' '], 'path is empty'),

@@ -1456,7 +1456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'weighted_mtp.sources._unix_lines': ('data/sources.html#_unix_lines', 'weighted_mtp/sources.py'),
                                       'weighted_mtp.sources.check_problem': ('data/sources.html#check_problem', 'weighted_mtp/sources.py'),
                                       'weighted_mtp.sources.local_files': ('data/sources.html#local_files', 'weighted_mtp/sources.py'),
-                                      'weighted_mtp.sources.said_split': ('data/sources.html#said_split', 'weighted_mtp/sources.py')},
+                                      'weighted_mtp.sources.split_in_name': ('data/sources.html#split_in_name', 'weighted_mtp/sources.py')},
             'weighted_mtp.storage': { 'weighted_mtp.storage._check_request': ( 'data/storage.html#_check_request',
                                                                                'weighted_mtp/storage.py'),
                                       'weighted_mtp.storage._copy_model': ('data/storage.html#_copy_model', 'weighted_mtp/storage.py'),

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .config import UserError, read_json
 from .rows import count_rows, read_located_rows
-from .sources import SOURCES, SPLITS, check_problem, said_split
+from .sources import SOURCES, SPLITS, check_problem, split_in_name
 from .stored_files import file_record, new_folder
 
 # %% ../nbs/data/14_conversion.ipynb #17ced89b
@@ -73,9 +73,9 @@ class SplitWriter:
 # %% ../nbs/data/14_conversion.ipynb #a4e2ac5f
 def _read_problems(source, files, languages): # yield (split, problem)
     for name, file in files:
-        rows, said = read_located_rows(file, source.fields), said_split(source, name)
+        rows, named = read_located_rows(file, source.fields), split_in_name(source, name)
         for where, row in tqdm(rows, desc=name, total=count_rows(file), unit='problem', mininterval=1, leave=False):
-            try: split, problem = source.split(said, row), check_problem(source.convert(row, languages))
+            try: split, problem = source.split(named, row), check_problem(source.convert(row, languages))
             except (TypeError, ValueError, KeyError, AttributeError) as e:
                 why = f'cannot be understood ({type(e).__name__}: {e}). Has {source.repo} changed its format?'
                 raise UserError(f'{where}: {why}') from None

@@ -19,8 +19,9 @@ demo: .venv/.installed ## Train a critic on the embedded default: papermill runs
 lab: .venv/.installed ## Open JupyterLab on the launch form
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab nbs/launch.ipynb
 
-test: .venv/.installed ## Everything CI runs: packages, notebooks, pytest (which also checks the export)
+test: .venv/.installed ## Everything CI runs: packages, lint, notebooks, pytest (which also checks export and site)
 	$(BIN)/python -m pip check
+	$(BIN)/ruff check -q weighted_mtp tests docs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) nbdev-test --n-workers 2 --timing
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
@@ -32,6 +33,9 @@ export: .venv/.installed ## After editing notebooks: modules, clean notebooks, R
 
 readme: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb --log-level WARN
+
+lint: .venv/.installed ## Likely mistakes and unused names (ruff)
+	$(BIN)/ruff check -q weighted_mtp tests docs
 
 docs: .venv/.installed ## Build the documentation site: site/index.html
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build -q -d '$(SITE)'

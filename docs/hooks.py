@@ -1,10 +1,10 @@
 """What the documentation site takes from elsewhere: notebooks, docstrings, the schema, every command's help."""
 import json, os, re, subprocess, sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
-from typing import get_type_hints
 
-from bs4 import BeautifulSoup, NavigableString
+from bs4 import BeautifulSoup
 from fastcore.docments import docments
 from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
@@ -37,34 +37,25 @@ def reference_page(module):
 
 def cell(text): return str(text).replace('|', '\\|').replace('\n', ' ')
 
-def key_rows(cls, settings, prefix=''):
-    "Of each key: what it may be, its default and what it means, from the field's comment."
-    from weighted_mtp import config
-    hints, about = get_type_hints(cls), docments(cls)
-    for f in fields(cls):
-        if is_dataclass(hints[f.name]): continue
-        s = settings[prefix+f.name]
-        yield f'| `{s.key}` | {cell(config.allowed(s))} | `{cell(json.dumps(s.default))}` | {cell(about.get(f.name) or "")} |'
-
 def config_page():
-    from weighted_mtp import config
-    settings, hints = config.schema(), get_type_hints(config.Config)
-    parts = ['# Every config key', '', 'Generated from the schema: the same table that reading, checking and error messages go by. '
-             'A key is set in a YAML file of `configs/` or by `--override key=value`.']
-    def table(title, cls, prefix):
-        rows = list(key_rows(cls, settings, prefix))
-        if rows: parts.extend(['', f'## {title}', '', '| key | may be | default | meaning |', '|---|---|---|---|', *rows])
-        for name, hint in get_type_hints(cls).items():
-            if is_dataclass(hint): table(f'{prefix}{name}', hint, f'{prefix}{name}.')
-    table('the run', config.Config, '')
+    from weighted_mtp.schema import key_table
+    about = ('Generated from the schema, which reading, checking and error messages go by, too. '
+             'A key is set in a YAML file of `configs/` or by `--override key=value`.')
+    parts = ['# Every config key', '', about]
+    for section, rows in groupby(key_table(), lambda row: row['key'].rpartition('.')[0]):
+        parts += ['', f"## {section or 'the run'}", '', '| key | may be | default | meaning |', '|---|---|---|---|']
+        for row in rows:
+            default = cell(json.dumps(row['default']))
+            parts.append(f"| `{row['key']}` | {cell(row['allowed'])} | `{default}` | {cell(row['meaning'])} |")
     return '\n'.join(parts)
 
 def site_page():
-    from weighted_mtp.config import Site
+    from weighted_mtp.launch_site import Site
     about = docments(Site)
     rows = [f'| `{f.name}` | {cell(about.get(f.name) or "")} |' for f in fields(Site)]
-    return '\n'.join(['# settings.ini', '', 'Where runs are sent: the launch site. `.env` (from `.env.example`) holds the keys.',
-                      '', '| name | meaning |', '|---|---|', *rows, '', '```ini', (ROOT/'settings.ini').read_text(), '```'])
+    about = 'Where runs are sent: the launch site. `.env` (from `.env.example`) holds the keys.'
+    file = ['```ini', (ROOT/'settings.ini').read_text(), '```']
+    return '\n'.join(['# settings.ini', '', about, '', '| name | meaning |', '|---|---|', *rows, '', *file])
 
 def help_of(command):
     words = command.split()
@@ -82,7 +73,7 @@ def cli_page():
 def readme_page(): return local_links((ROOT/'README.md').read_text())
 
 def local_links(text):
-    "README's links, which start at the repository, as links within the site; docs/notebooks is a link to nbs/."
+    "README's links, which start at the repository, as links within the site; docs/notebooks is nbs/."
     text = re.sub(r'\]\(docs/([^)]+)\)', r'](\1)', text)
     text = text.replace('](runs/README.md)', '](records.md)')
     text = re.sub(r'\]\(CONTRIBUTING\.md\)', '](contributing.md)', text).replace('](CHANGELOG.md)', '](changelog.md)')

@@ -1,49 +1,64 @@
-"""Draws the two maps: docs/images/launch.svg and training.svg. `python docs/maps.py` after modules were added or renamed."""
+"""Draws the two maps, docs/images/launch.svg and training.svg: `python docs/maps.py` after a module was added."""
 from html import escape
 from pathlib import Path
 
-# A map: a row of boxes (title, what happens there, modules), and the words on the arrows between them.
-LAUNCH = [('request', 'cell, form, papermill\nor command', ['launch', 'form', 'commands', 'request']),
-          ('plan', 'a pure function:\nall that will happen', ['plan', 'estimate', 'config']),
-          ('target', 'this machine\nor VESSL', ['targets', 'vessl_client']),
-          ('run', 'logs, wait, stop', ['launch']),
-          ('record', 'runs/NAME', ['records'])]
-TRAINING = [('config', 'YAML + overrides', ['config', 'schema']),
-            ('data', 'solutions, pairs', ['data', 'corpus', 'sampling', 'synthetic']),
-            ('model', 'backbone + heads', ['models', 'generation']),
-            ('objective', 'token weights, loss', ['weighting', 'losses', 'critic', 'policies']),
-            ('loop', 'step, validate, save', ['loop', 'optim', 'sharding', 'checkpoints', 'runs']),
-            ('evaluation', 'pass@k in a sandbox', ['evaluation', 'sandbox', 'answers']),
-            ('report', 'curves, programs', ['report'])]
-COLOUR = dict(launch='#3949ab', training='#00695c')
+# A map is a row of boxes: title, what happens there, modules
+LAUNCH = [
+    ('request', 'cell, form, papermill\nor command', ['launch', 'form', 'commands', 'launch_notebook', 'request']),
+    ('plan', 'a pure function:\nall that will happen', ['plan', 'preflight', 'estimate', 'vessl_run']),
+    ('target', 'this machine\nor VESSL', ['targets', 'local_target', 'vessl_target', 'vessl_client']),
+    ('run', 'logs, wait, stop', ['run_handle', 'outcomes']),
+    ('record', 'runs/NAME', ['records'])]
+TRAINING = [
+    ('config', 'YAML and overrides', ['config', 'schema']),
+    ('data', 'solutions, pairs', ['data', 'corpus', 'sampling', 'synthetic', 'storage']),
+    ('model', 'backbone and heads', ['backbones', 'mtp_model', 'value_model', 'adapters', 'generation']),
+    ('objective', 'token weights, loss', ['weighting', 'losses', 'critic', 'policies']),
+    ('loop', 'step, validate, save', ['loop', 'optim', 'sharding', 'checkpoints', 'runs']),
+    ('evaluation', 'pass@k in a sandbox', ['evaluation', 'sandbox', 'answers']),
+    ('report', 'curves, programs', ['report'])]
+MAPS = dict(launch=('LAUNCH: never imports torch', LAUNCH, '#3949ab'),
+            training=('TRAIN: knows nothing of the cluster', TRAINING, '#00695c'))
+WIDTH, GAP, LINE, TOP = 136, 26, 14, 42
+STYLE = """<style>
+text { font-family: system-ui, sans-serif; text-anchor: middle }
+.title { font-size: 15px; font-weight: 600 }
+.left { text-anchor: start }
+.about { font-size: 11px; fill: #555 }
+.module { font-size: 11.5px; font-family: ui-monospace, monospace; fill: #222 }
+</style>"""
 
-def box(x, y, width, height, title, about, modules, colour):
-    "One room of a map."
-    lines = about.split('\n')
-    parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="#fff" stroke="{colour}" stroke-width="1.5"/>',
-             f'<text x="{x+width/2}" y="{y+22}" class="title" fill="{colour}">{escape(title)}</text>']
-    parts += [f'<text x="{x+width/2}" y="{y+40+13*i}" class="about">{escape(line)}</text>' for i, line in enumerate(lines)]
-    start = y + 40 + 13*len(lines) + 8
-    parts += [f'<text x="{x+width/2}" y="{start+14*i}" class="module">{escape(m)}</text>' for i, m in enumerate(modules)]
-    return parts
+def text(x, y, kind, words, fill=None):
+    colour = f' fill="{fill}"' if fill else ''
+    return f'<text x="{x}" y="{y}" class="{kind}"{colour}>{escape(words)}</text>'
 
-def draw(rooms, colour, title, width=136, gap=26):
-    "A row of rooms with arrows between them, as SVG."
-    height = 70 + 13*max(about.count('\n')+1 for _, about, _ in rooms) + 14*max(len(m) for _, _, m in rooms)
-    total = len(rooms)*(width+gap) - gap + 32
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height+58}" role="img" aria-label="{escape(title)}">',
-             '<style>text{font-family:system-ui,sans-serif;text-anchor:middle} .title{font-size:15px;font-weight:600} '
-             '.about{font-size:11px;fill:#555} .module{font-size:11.5px;font-family:ui-monospace,monospace;fill:#222}</style>',
-             f'<rect width="{total}" height="{height+58}" rx="10" fill="#f6f7fb"/>',
-             f'<text x="16" y="26" style="text-anchor:start" class="title" fill="#222">{escape(title)}</text>']
-    for i, (name, about, modules) in enumerate(rooms):
-        x = 16 + i*(width+gap)
-        parts += box(x, 42, width, height, name, about, modules, colour)
-        if i: parts.append(f'<path d="M{x-gap+3} {42+height/2} h{gap-9} m-5 -4 l6 4 l-6 4" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+def frame(x, y, width, height, fill, stroke=None):
+    border = f' stroke="{stroke}" stroke-width="1.5"' if stroke else ''
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}"{border}/>'
+
+def box(x, height, title, about, modules, colour):
+    middle, lines = x + WIDTH/2, about.split('\n')
+    start = TOP + 48 + LINE*len(lines)
+    return [frame(x, TOP, WIDTH, height, '#fff', colour), text(middle, TOP + 22, 'title', title, colour),
+            *[text(middle, TOP + 40 + LINE*i, 'about', line) for i, line in enumerate(lines)],
+            *[text(middle, start + LINE*i, 'module', m) for i, m in enumerate(modules)]]
+
+def arrow(x, y, colour):
+    path = f'M{x - GAP + 3} {y} h{GAP - 9} m-5 -4 l6 4 l-6 4'
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+
+def draw(title, rooms, colour):
+    "A row of boxes with arrows between them, as SVG; the background is light, so that it can be read on any page."
+    height = 60 + LINE*max(about.count('\n') + 1 + len(modules) for _, about, modules in rooms)
+    width, total = len(rooms)*(WIDTH + GAP) - GAP + 32, height + TOP + 16
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" role="img" aria-label="{title}">'
+    head = text(16, 26, 'title left', title, '#222')
+    parts = [start, STYLE, frame(0, 0, width, total, '#f6f7fb'), head]
+    for i, room in enumerate(rooms):
+        x = 16 + i*(WIDTH + GAP)
+        parts += box(x, height, *room, colour)
+        if i: parts.append(arrow(x, TOP + height/2, colour))
     return '\n'.join([*parts, '</svg>']) + '\n'
-
-MAPS = dict(launch=(LAUNCH, COLOUR['launch'], 'LAUNCH: never imports torch'),
-            training=(TRAINING, COLOUR['training'], 'TRAIN: knows nothing of the cluster'))
 
 if __name__ == '__main__':
     for name, map_ in MAPS.items(): (Path(__file__).parent/f'images/{name}.svg').write_text(draw(*map_))

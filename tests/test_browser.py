@@ -1,4 +1,4 @@
-"""The form as a person uses it: JupyterLab in headless Chromium, clicked through Playwright, with the stand-in for VESSL behind it.
+"""The form as a person uses it: JupyterLab in headless Chromium, clicked through Playwright; a stand-in for VESSL.
 
 Screenshots go to storage/screenshots/. Without /usr/bin/chromium (`apt-get install chromium`) the test is skipped.
 """
@@ -19,26 +19,35 @@ def lab(project):
     "JupyterLab on the project; its address."
     with Service(pace=2.) as service:
         env = {**environment(project), 'VESSL_API_HOST': service.url, 'VESSL_ACCESS_TOKEN': TOKEN}
-        log = open(project/'home'/'jupyter.log', 'w')
-        p = subprocess.Popen(['jupyter', 'lab', '--no-browser', '--allow-root', '--ServerApp.port=0', '--IdentityProvider.token=t', f'--ServerApp.root_dir={project}', '--LabApp.news_url=None'],
-                             cwd=project, env=env, stdout=log, stderr=log, start_new_session=True)
+        log, options = project/'home'/'jupyter.log', ['--no-browser', '--allow-root', '--LabApp.news_url=None',
+            '--ServerApp.port=0', '--IdentityProvider.token=t', f'--ServerApp.root_dir={project}']
+        def address(): return re.search(r'http://localhost:(\d+)/lab', log.read_text())
+        with open(log, 'w') as out:
+            p = subprocess.Popen(['jupyter', 'lab', *options], cwd=project, env=env, stdout=out, stderr=out,
+                                 start_new_session=True)
         try:
-            until(lambda: re.search(r'http://localhost:(\d+)/lab', (project/'home'/'jupyter.log').read_text()), 60)
-            port = re.search(r'http://localhost:(\d+)/lab', (project/'home'/'jupyter.log').read_text())[1]
+            until(address, 60)
+            port = address()[1]
             yield f'http://127.0.0.1:{port}', service
         finally: p.terminate(); p.wait(20)
 
-def field(page, label, kind): return page.locator(f'.jupyter-widgets:has(> .widget-label:text-is("{label}")) {kind}').first
-def shot(page, name): SHOTS.mkdir(parents=True, exist_ok=True); page.screenshot(path=SHOTS/f'{name}.png', full_page=True)
+def field(page, label, kind):
+    return page.locator(f'.jupyter-widgets:has(> .widget-label:text-is("{label}")) {kind}').first
+
+def shot(page, name):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS/f'{name}.png', full_page=True)
 
 def run_all(page, restart=False):
     page.get_by_role('menuitem', name='Kernel' if restart else 'Run', exact=True).click()
     page.get_by_text('Restart Kernel and Run All Cells…' if restart else 'Run All Cells', exact=True).click()
     if restart: page.locator('.jp-Dialog button.jp-mod-accept').click()
 
-TYPE_AND_WAIT = '''box => new Promise(done => { // milliseconds from a key press to the new preview, on the page's own clock
+# milliseconds from a key press to the new preview, on the page's own clock
+TYPE_AND_WAIT = '''box => new Promise(done => {
     const start = performance.now()
-    new MutationObserver(() => document.body.innerText.includes('24 = 6 × 1 × 4') && done(performance.now() - start)).observe(document.body, {childList: true, subtree: true, characterData: true})
+    const changed = () => document.body.innerText.includes('24 = 6 × 1 × 4') && done(performance.now() - start)
+    new MutationObserver(changed).observe(document.body, {childList: true, subtree: true, characterData: true})
     box.value = '24'
     box.dispatchEvent(new Event('input', {bubbles: true}))
 })'''
@@ -49,7 +58,8 @@ def test_form_in_jupyterlab(lab, project):
     from playwright.sync_api import expect, sync_playwright
     address, service = lab
     with sync_playwright() as pw:
-        browser = pw.chromium.launch(executable_path=str(CHROMIUM), args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        options = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
+        browser = pw.chromium.launch(executable_path=str(CHROMIUM), args=options)
         page = browser.new_page(viewport={'width': 1300, 'height': 1500})
         page.set_default_timeout(60_000); expect.set_options(timeout=60_000)
         page.goto(f'{address}/lab/tree/nbs/launch.ipynb?token=t')
@@ -86,8 +96,10 @@ def test_form_in_jupyterlab(lab, project):
         until(lambda: len(records(project) - before) == 1)
         [first] = records(project) - before
         run = view(page, first)
-        expect(run.get_by_text('run page')).to_have_attribute('href', re.compile('https://app.vessl.ai/weighted-mtp/runs/weighted-mtp/369367000001'))
-        expect(run).to_contain_text('running'); expect(run).to_contain_text(re.compile(r'step \d+ of weighted-mtp-critic-4gpu'))
+        page_of_run = re.compile('https://app.vessl.ai/weighted-mtp/runs/weighted-mtp/369367000001')
+        expect(run.get_by_text('run page')).to_have_attribute('href', page_of_run)
+        expect(run).to_contain_text('running')
+        expect(run).to_contain_text(re.compile(r'step \d+ of weighted-mtp-critic-4gpu'))
         shot(page, '3-running')
         expect(run).to_contain_text('completed'); expect(run).to_contain_text('saved ✓ done')
         shot(page, '4-completed')
@@ -118,4 +130,5 @@ def test_form_in_jupyterlab(lab, project):
         service.pace = .5
         expect(run).to_contain_text('completed')
         browser.close()
-    assert [r['spec']['name'] for r in service.runs.values()] == ['weighted-mtp-critic-4gpu', 'weighted-mtp-ntp-4gpu', 'weighted-mtp-baseline-4gpu']
+    sent = [r['spec']['name'] for r in service.runs.values()]
+    assert sent == [f'weighted-mtp-{p}-4gpu' for p in ('critic', 'ntp', 'baseline')]

@@ -1,4 +1,5 @@
-"""One process or two, sharded or not, whole or cut into micro-batches: the same training. And what happens when one of two fails."""
+"""One process or two, sharded or not, in one batch or in micro-batches: the same training.
+And what happens when one of two fails."""
 import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
@@ -6,12 +7,13 @@ import pytest, torch
 
 import warm
 from test_launch import in_one_kernel
-from weighted_mtp.launch import _last_words
+from weighted_mtp.outcomes import last_words
 
 ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
-SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2',
+         'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
 
 def shell(root, *words, n=1, timeout=300): # a program of ours, under torchrun where it is more than one process
@@ -22,7 +24,8 @@ def shell(root, *words, n=1, timeout=300): # a program of ours, under torchrun w
 
 def train(root, pipeline, *overrides, n=1):
     words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
-    return shell(root, '-m', f'weighted_mtp.pipelines.run_{pipeline}', '--config', f'configs/{pipeline}/{pipeline}_micro.yaml', *words, n=n)
+    config = f'configs/{pipeline}/{pipeline}_micro.yaml'
+    return shell(root, '-m', f'weighted_mtp.pipelines.run_{pipeline}', '--config', config, *words, n=n)
 
 MODELS = '''
 import torch
@@ -32,7 +35,8 @@ from weighted_mtp.models import build_policy, build_value_model, save_checkpoint
 from weighted_mtp.synthetic import make_dataset, make_micro_model
 make_dataset('storage/datasets/synthetic', n_problems=100, n_held_out=50)
 tok = AutoTokenizer.from_pretrained('storage/datasets/synthetic/tokenizer')
-def micro(seed): return make_micro_model(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256, seed=seed)
+sizes = dict(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256)
+def micro(seed): return make_micro_model(seed=seed, **sizes)
 torch.manual_seed(0)
 save_checkpoint('critic.pt', build_value_model(micro(1), head='surprise'), vocabulary=vocabulary_id(tok))
 save_checkpoint('reference.pt', build_policy(micro(2), 1), vocabulary=vocabulary_id(tok))
@@ -48,46 +52,55 @@ def root(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return root
 
-# three steps of every objective, with a learning rate so small that the weights stay what they are
+# Three steps of every objective, with a learning rate so small that the weights stay what they are. Gradients are read
+# just before the optimizer step, and not clipped.
 STEPS = '''
-import json, sys, torch
+import sys, torch
 from weighted_mtp.config import load_config
 from weighted_mtp.critic import CriticObjective
+from weighted_mtp.loop import evaluate, make_trainer, train
 from weighted_mtp.policies import OBJECTIVES
-from weighted_mtp.training import WeightedTrainer, is_main, load_parts, prepare, whole
+from weighted_mtp.runs import is_main, load_parts, prepare
+from weighted_mtp.sharding import full_tensor
 out, overrides = sys.argv[1], sys.argv[2:]
 found = {}
 for name in %r:
-    c = load_config(f'configs/{name}/{name}_micro.yaml', overrides + ([f'critic.value_weight=0.5', 'critic.lm_first=0'] if name == 'critic' else []))
+    more = ['critic.value_weight=0.5', 'critic.lm_first=0'] if name == 'critic' else []
+    c = load_config(f'configs/{name}/{name}_micro.yaml', overrides + more)
     prepare(c)
-    grads = []
-    class Trainer(WeightedTrainer):
-        def _clip_grad_norm(self, model):
-            grads.append(torch.cat([whole(p.grad).flatten() for _, p in sorted(self.model.named_parameters())]))
-            return super()._clip_grad_norm(model)
     objective = {**OBJECTIVES, 'critic': CriticObjective}[name](c, *load_parts(c))
-    trainer = Trainer(objective, c, disable_tqdm=True, save_strategy='no', eval_strategy='no')
     total = sum(p.numel() for p in objective.model.parameters())
+    trainer = make_trainer(objective, c)
     held = sum(getattr(p, '_local_tensor', p).numel() for p in objective.model.parameters())
-    trainer.train()
-    logs = [l for l in trainer.state.log_history if 'train/loss' in l]
-    found[name] = dict(grads=torch.stack(grads), logs=[{k: v for k, v in l.items() if k.startswith('train/')} for l in logs], held=held/total, judged=trainer.evaluate(),
-                       items=[len(objective.data)], moments=getattr(objective, 'moments', None) and objective.moments.state_dict())
+    grads = []
+    def keep(*args):
+        in_order = sorted(trainer.model.named_parameters())
+        grads.append(torch.cat([full_tensor(p.grad).flatten() for _, p in in_order]))
+    trainer.optimizer.register_step_pre_hook(keep)
+    train(trainer)
+    logs = [{k: v for k, v in l.items() if k.startswith('train/')} for l in trainer.logs if 'train/loss' in l]
+    moments = getattr(objective, 'moments', None)
+    found[name] = dict(grads=torch.stack(grads), logs=logs, held=held/total, evaluated=evaluate(trainer),
+                       items=[len(objective.data)], moments=moments and moments.state_dict())
 if is_main(): torch.save(found, out)
 ''' % (PIPELINES,)
 
 def cut(batch, accum): return [f'training.batch_size={batch}', f'training.gradient_accumulation_steps={accum}']
-CUTS = {'one 1 x 24': (1, [*cut(24, 1)]), 'one 3 x 8': (1, cut(8, 3)),
-        'two 3 x 4, sharded': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=FULL_SHARD']), 'two 3 x 4, DDP': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=NO_SHARD'])}
+CUTS = {'one 1 x 24': (1, cut(24, 1)), 'one 3 x 8': (1, cut(8, 3)),
+        'two 3 x 4, sharded': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=FULL_SHARD']),
+        'two 3 x 4, DDP': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=NO_SHARD'])}
+STILL = ['training.max_steps=3', 'training.learning_rate=1e-9', 'training.head_learning_rate=1e-9',
+         'training.max_grad_norm=1e9']
 
 @pytest.fixture(scope='module')
 def steps(root):
-    """150 of 300 solutions a rank and 24 a step: the third step of three is whole; an epoch's last, partial step has a test of its own below."""
+    """150 of 300 solutions a rank and 24 a step: the third step of three is complete; an epoch's last, partial step
+    has a test of its own below."""
     (root/'steps.py').write_text(STEPS)
     found = {}
     for name, (n, overrides) in CUTS.items():
         out = root/f'{n}-{len(found)}.pt'
-        done = shell(root, 'steps.py', str(out), *SMALL, CRITIC, REFERENCE, *overrides, 'training.max_steps=3', 'training.learning_rate=1e-9', 'training.head_learning_rate=1e-9', n=n)
+        done = shell(root, 'steps.py', str(out), *SMALL, CRITIC, REFERENCE, *overrides, *STILL, n=n)
         assert done.returncode == 0, done.stderr[-3000:]
         found[name] = torch.load(out, weights_only=True)
     return found
@@ -96,11 +109,12 @@ def steps(root):
 @pytest.mark.parametrize('name', list(CUTS)[1:])
 def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     want, got = steps['one 1 x 24'][pipeline], steps[name][pipeline]
-    for g, w in zip(got['grads'], want['grads'], strict=True): torch.testing.assert_close(g, w, rtol=0, atol=1e-5*w.abs().max().item())
+    for g, w in zip(got['grads'], want['grads'], strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=1e-5*w.abs().max().item())
     for g, w in zip(got['logs'], want['logs'], strict=True):
         assert g.keys() == w.keys()
         for k in g: assert g[k] == pytest.approx(w[k], rel=1e-5, abs=1e-6), k
-    for k, w in want['judged'].items(): assert got['judged'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
+    for k, w in want['evaluated'].items(): assert got['evaluated'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
     if want['moments']: torch.testing.assert_close(got['moments'], want['moments'])
 
 def test_sharding_spreads_the_parameters(steps):
@@ -132,37 +146,64 @@ def test_every_pipeline_through_the_launch_notebook(root, launched, pipeline, ng
     assert launched.returncode == 0, launched.stderr[-3000:]
     record, result = (json.loads((folder/f).read_text()) for f in ('record.json', 'result.json'))
     assert record['status'] == 'completed' and record['plan']['effective_batch'] == 24
-    assert (folder/'log.txt').read_text().count('train.jsonl:') == 1 # only rank 0 speaks
+    assert (folder/'log.txt').read_text().count('/train.jsonl:') == 1 # only rank 0 prints
     ckpt = root/'storage/checkpoints'/pipeline/f'{pipeline}-{ngpus}'
-    assert torch.load(ckpt/'checkpoint_final.pt', weights_only=True)['step'] == 26 and not list(ckpt.glob('*.part')) and Path(root/result['checkpoints']['best']).is_file()
+    assert torch.load(ckpt/'checkpoint_final.pt', weights_only=True)['step'] == 26 and not list(ckpt.glob('*.part'))
+    assert (root/result['checkpoints']['best']).is_file()
     client = mlflow.MlflowClient(result['mlflow_uri'])
     assert client.get_run(result['mlflow_run_id']).info.status == 'FINISHED'
-    losses = [m.value for m in sorted(client.get_metric_history(result['mlflow_run_id'], 'eval/lm_loss' if pipeline == 'critic' else 'eval/loss'), key=lambda m: m.step)]
+    name = 'eval/lm_loss' if pipeline == 'critic' else 'eval/loss'
+    history = client.get_metric_history(result['mlflow_run_id'], name)
+    losses = [m.value for m in sorted(history, key=lambda m: m.step)]
     assert len(losses) >= 3 and losses[-1] < losses[0], losses
 
-@pytest.mark.parametrize('pipeline, strategy', [('verifiable', 'FULL_SHARD'), ('critic', 'FULL_SHARD'), ('baseline', 'NO_SHARD')]) # the first two have the most to take along
-def test_one_process_goes_on_where_two_were(root, pipeline, strategy):
+def cut_off(folder, keep): # as after a kill that left the first `keep` epoch checkpoints
+    saved = {f: torch.load(f, weights_only=True)['step'] for f in folder.glob('checkpoint_epoch_*.pt')}
+    for f in sorted(saved, key=saved.get)[keep:]: f.unlink()
+    for name in ('checkpoint_final.pt', 'history.jsonl'): (folder/name).unlink()
+    (folder/'run.json').write_text(json.dumps({**json.loads((folder/'run.json').read_text()), 'finished': False}))
+
+# the first two have the most to take along
+RESUMED = [('verifiable', 'FULL_SHARD'), ('critic', 'FULL_SHARD'), ('baseline', 'NO_SHARD')]
+
+@pytest.mark.parametrize('pipeline, strategy', RESUMED)
+def test_one_process_resumes_where_two_were(root, pipeline, strategy):
     folder = root/f'ckpt-{pipeline}-{strategy}'
-    common = [CRITIC, REFERENCE, 'training.max_steps=13', f'checkpoint.save_dir={folder}', f'distributed.fsdp.sharding_strategy={strategy}', 'critic.lm_first=0', 'critic.blind_yardstick=false', 'checkpoint.save_checkpoint_every=0.5']
+    common = [CRITIC, REFERENCE, 'training.max_steps=13', f'checkpoint.save_dir={folder}', 'critic.lm_first=0',
+              f'distributed.fsdp.sharding_strategy={strategy}', 'critic.blind_yardstick=false',
+              'checkpoint.save_checkpoint_every=0.5']
     done = train(root, pipeline, *common, *cut(4, 3), n=2)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(folder/'checkpoint_final.pt', weights_only=True)
-    # back to the first epoch checkpoint, as after a kill, and on with one process: another cut of the same 24
-    first = sorted(folder.glob('checkpoint_epoch_*.pt'), key=lambda f: torch.load(f, weights_only=True)['step'])
-    for f in first[1:]: f.unlink()
-    (folder/'run.json').write_text(json.dumps({**json.loads((folder/'run.json').read_text()), 'finished': False}))
+    cut_off(folder, 1) # and on with one process: another cut of the same 24
     done = train(root, pipeline, *common, *cut(24, 1))
-    assert done.returncode == 0 and 'going on from' in done.stdout, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0 and 'resuming from' in done.stdout, done.stdout + done.stderr[-3000:]
     one = torch.load(folder/'checkpoint_final.pt', weights_only=True)
     assert one['step'] == two['step'] == 13
     for k, w in two['metrics'].items():
-        if 'loss' in k: assert one['metrics'][k] == pytest.approx(w, rel=1e-3), k # Adam amplifies rounding: close, not equal
+        if 'loss' in k: # Adam amplifies rounding: close, not equal
+            assert one['metrics'][k] == pytest.approx(w, rel=1e-3), k
+
+def test_two_processes_resume_in_the_second_epoch_bit_for_bit(root):
+    """There each rank reads its share of the data in another order than in the first, and has to find it again."""
+    folder = root/'ckpt-second-epoch'
+    words = ['baseline', f'checkpoint.save_dir={folder}', 'training.max_steps=24', *cut(4, 3),
+             'checkpoint.save_checkpoint_every=0.25', 'checkpoint.save_total_limit=99']
+    done = train(root, *words, n=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    want = torch.load(folder/'checkpoint_final.pt', weights_only=True)
+    cut_off(folder, 6)
+    done = train(root, *words, n=2)
+    assert done.returncode == 0 and 'checkpoint_epoch_1.' in done.stdout, done.stdout + done.stderr[-3000:]
+    got = torch.load(folder/'checkpoint_final.pt', weights_only=True)
+    assert got['metrics'] == want['metrics']
+    for k, w in want['state'].items(): assert torch.equal(got['state'][k], w), k
 
 FAIL = '''
 import os, sys
 from weighted_mtp.config import UserError
 from weighted_mtp.policies import PolicyObjective, run_policy
-from weighted_mtp.training import is_main, pipeline_main
+from weighted_mtp.runs import is_main, pipeline_main
 import weighted_mtp.policies as p
 class Failing(PolicyObjective):
     seen = 0
@@ -176,16 +217,20 @@ pipeline_main('baseline', run_policy)
 
 @pytest.mark.parametrize('kind', ['UserError', 'RuntimeError', 'os.abort()'])
 def test_failing_rank_ends_the_job_with_its_own_error_first(root, tmp_path, kind):
-    (tmp_path/'fail.py').write_text(FAIL.replace('KIND', f"raise {kind}('planted failure of rank 1')" if 'Error' in kind else kind))
-    words = [w for o in (*SMALL, f'checkpoint.save_dir={tmp_path}/ckpt', 'training.max_steps=500') for w in ('--override', o)]
+    failure = f"raise {kind}('planted failure of rank 1')" if 'Error' in kind else kind
+    (tmp_path/'fail.py').write_text(FAIL.replace('KIND', failure))
+    overrides = [*SMALL, f'checkpoint.save_dir={tmp_path}/ckpt', 'training.max_steps=500']
+    words = [w for o in overrides for w in ('--override', o)]
     os.environ['WMTP_RUN_DIR'] = str(tmp_path)
     try:
-        done = shell(root, str(tmp_path/'fail.py'), '--config', 'configs/baseline/baseline_micro.yaml', *words, n=2, timeout=120)
+        program = [str(tmp_path/'fail.py'), '--config', 'configs/baseline/baseline_micro.yaml']
+        done = shell(root, *program, *words, n=2, timeout=120)
     finally: del os.environ['WMTP_RUN_DIR']
     assert done.returncode != 0
     if kind == 'os.abort()': # it left no word of its own
-        said = _last_words(done.stderr.splitlines())
-        assert 'Aborted' in said[0] and any('fail.py' in line for line in said) and said[-1] == 'The process of rank 1 ended first, with exit code -6 (SIGABRT)', done.stderr
+        said = last_words(done.stderr.splitlines())
+        assert 'Aborted' in said[0] and any('fail.py' in line for line in said), done.stderr
+        assert said[-1] == 'The process of rank 1 ended first, with exit code -6 (SIGABRT)', done.stderr
         return
     errors = [l for l in done.stderr.splitlines() if 'Error' in l]
     assert 'planted failure of rank 1' in errors[0], errors

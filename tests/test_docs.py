@@ -36,13 +36,20 @@ def test_pages_load_nothing_from_a_network(site):
     loads = re.compile(r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="stylesheet"[^>]+href="https?:')
     assert not [str(p.relative_to(site)) for p in site.rglob('*.html') if loads.search(p.read_text())]
 
+def test_the_maps_are_drawn_and_name_modules_that_exist():
+    import runpy
+    maps = runpy.run_path(str(REPO/'docs/maps.py'))
+    named = {m for _, rooms, _ in maps['MAPS'].values() for _, _, modules in rooms for m in modules}
+    assert not {m for m in named if not (REPO/f'weighted_mtp/{m}.py').is_file()}
+    for name, map_ in maps['MAPS'].items(): assert (REPO/f'docs/images/{name}.svg').read_text() == maps['draw'](*map_)
+
 def test_every_config_key_is_explained(site):
-    from weighted_mtp.config import config_keys
+    from weighted_mtp.schema import config_keys
     rows = {r.find('code').text: [c.text for c in r.find_all('td')]
             for r in BeautifulSoup((site/'config.html').read_text(), 'html.parser').find_all('tr') if r.find('code')}
     assert rows.keys() == set(config_keys())
     assert not [key for key, (_, may_be, default, meaning) in rows.items() if not (may_be and default and meaning)]
-    assert '(0, 1]' in rows['training.k_percent'][1]
+    assert rows['training.k_percent'][1] == 'a number above 0 and at most 1'
 
 @pytest.mark.skipif(not os.path.exists(CHROMIUM), reason='no chromium')
 @pytest.mark.parametrize('width', [1300, 390])

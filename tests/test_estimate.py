@@ -1,4 +1,5 @@
-"""The estimate of memory against the measured peak of real training runs, each in a process of its own. `python tests/test_estimate.py` prints the table."""
+"""The estimate of memory against the measured peak of real training runs, each in a process of its own.
+`python tests/test_estimate.py` prints the table."""
 import contextlib, gc, io, json, multiprocessing, os, socket, subprocess, sys, tempfile
 from functools import partial
 from pathlib import Path
@@ -7,29 +8,38 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 PER_STEP = 2 # steps of a run: the second has the optimizer's moments; then it saves
-CASES = { # pipeline, model, training, length of the samples, processes, other overrides; every part weighs much in one of them
-    'ntp: activations':        ('ntp', 'hidden_size=512 n_layers=2 n_heads=8', 'batch_size=6', 256, 1),
-    'ntp: weights':            ('ntp', 'hidden_size=1024 n_layers=2 n_heads=8', 'batch_size=1', 64, 1),
-    'baseline: four heads':    ('baseline', 'hidden_size=384 n_layers=2 n_heads=8', 'batch_size=4', 256, 1),
-    'baseline: accumulation':  ('baseline', 'hidden_size=512 n_layers=2 n_heads=8', 'batch_size=2 gradient_accumulation_steps=2', 192, 1),
-    'baseline: checkpointing': ('baseline', 'hidden_size=256 n_layers=1 n_heads=8 n_future_tokens=8', 'batch_size=8 gradient_checkpointing=true', 256, 1),
-    'baseline: LoRA':          ('baseline', 'hidden_size=512 n_layers=2 n_heads=8 tuning=lora', 'batch_size=2', 256, 1),
-    'baseline: heads alone':   ('baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=frozen', 'batch_size=3', 256, 1),
-    'critic: with logits':     ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1),
-    'rho1: with reference':    ('rho1', 'hidden_size=384 n_layers=1 n_heads=8', 'batch_size=3', 256, 1),
-    'ntp: sharded over two':   ('ntp', 'hidden_size=640 n_layers=3 n_heads=8', 'batch_size=2 gradient_accumulation_steps=2', 128, 2),
-    'ntp: copied over two':    ('ntp', 'hidden_size=640 n_layers=2 n_heads=8', 'batch_size=2', 128, 2, 'distributed.fsdp.sharding_strategy=NO_SHARD')}
+ACCUMULATE, NO_SHARD = 'gradient_accumulation_steps=2', 'distributed.fsdp.sharding_strategy=NO_SHARD'
+CASES = { # pipeline, model, training, length of samples, processes, more overrides; every part is large in one of them
+    'ntp: activations': ('ntp', 'hidden_size=512 n_layers=2 n_heads=8', 'batch_size=6', 256, 1),
+    'ntp: weights': ('ntp', 'hidden_size=1024 n_layers=2 n_heads=8', 'batch_size=1', 64, 1),
+    'baseline: four heads': ('baseline', 'hidden_size=384 n_layers=2 n_heads=8', 'batch_size=4', 256, 1),
+    'baseline: accumulation': (
+        'baseline', 'hidden_size=512 n_layers=2 n_heads=8', f'batch_size=2 {ACCUMULATE}', 192, 1),
+    'baseline: checkpointing': (
+        'baseline', 'hidden_size=256 n_layers=1 n_heads=8 n_future_tokens=8',
+        'batch_size=8 gradient_checkpointing=true', 256, 1),
+    'baseline: LoRA': ('baseline', 'hidden_size=512 n_layers=2 n_heads=8 tuning=lora', 'batch_size=2', 256, 1),
+    'baseline: heads alone': ('baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=frozen', 'batch_size=3', 256, 1),
+    'critic: with logits': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1),
+    'rho1: with reference': ('rho1', 'hidden_size=384 n_layers=1 n_heads=8', 'batch_size=3', 256, 1),
+    'ntp: sharded over two': ('ntp', 'hidden_size=640 n_layers=3 n_heads=8', f'batch_size=2 {ACCUMULATE}', 128, 2),
+    'ntp: copied over two': ('ntp', 'hidden_size=640 n_layers=2 n_heads=8', 'batch_size=2', 128, 2, NO_SHARD)}
 
 def config_of(case, root): # the case's config, its files in `root`
     from weighted_mtp.config import load_config
     pipeline, model, training, length, _, *other = CASES[case]
-    paths = {f'dataset.{s}': f'{root}/data/{s}.jsonl' for s in ('train', 'validation')} | {'dataset.test': 'null', 'checkpoint.save_dir': f'{root}/{os.getpid()}'}
-    words = [f'model.{w}' for w in model.split()] + [f'training.{w}' for w in training.split()] + [f'{k}={v}' for k, v in paths.items()]
-    return load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', words + [f'dataset.max_length={length}', 'dataset.n_problems=100', 'data_sampling.n_validation=2',
-        'training.cpu_threads=1', f'training.max_steps={PER_STEP}', 'checkpoint.save_checkpoint_every=1', 'critic.blind_yardstick=false', 'critic.lm_first=0', *other,
-        *([f'experiment.reference_checkpoint={root}/reference'] if pipeline == 'rho1' else [])])
+    overrides = [f'model.{w}' for w in model.split()] + [f'training.{w}' for w in training.split()]
+    overrides += [f'dataset.{s}={root}/data/{s}.jsonl' for s in ('train', 'validation')]
+    overrides += ['dataset.test=null', f'checkpoint.save_dir={root}/{os.getpid()}', f'dataset.max_length={length}',
+                  'dataset.n_problems=100', 'data_sampling.n_validation=2', 'training.cpu_threads=1',
+                  f'training.max_steps={PER_STEP}', 'checkpoint.save_checkpoint_every=1',
+                  'critic.blind_yardstick=false', 'critic.lm_first=0', *other]
+    if pipeline == 'rho1': overrides.append(f'experiment.reference_checkpoint={root}/reference')
+    return load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', overrides)
 
-def status(key): return int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1])*1024
+def status(key):
+    lines = open('/proc/self/status').read().splitlines()
+    return int(next(l for l in lines if l.startswith(key)).split()[1])*1024
 
 def train(config, length): # a run from backbone to checkpoint, on made-up samples as long as allowed
     import torch
@@ -37,22 +47,31 @@ def train(config, length): # a run from backbone to checkpoint, on made-up sampl
     from weighted_mtp.data import Sample
     from weighted_mtp.policies import OBJECTIVES
     from weighted_mtp.sampling import PairDataset, SolutionDataset
-    from weighted_mtp.training import fit, load_parts
+    from weighted_mtp.runs import fit, load_parts
     tokenizer, backbone = load_parts(config)
     objective = {'critic': CriticObjective, **OBJECTIVES}[config.pipeline](config, tokenizer, backbone)
-    items = config.training.batch_size*config.training.gradient_accumulation_steps*PER_STEP*int(os.environ.get('WORLD_SIZE', 1))
-    samples = [Sample(torch.randint(3, 200, (length - i%2,)).tolist(), 1, str(i//2), True, 1) for i in range(2*items)] # one shorter: padding needs a mask
-    objective.data = PairDataset(samples, [(2*i, 2*i+1) for i in range(items)]) if config.pipeline == 'critic' else SolutionDataset(samples[:items])
+    t, processes = config.training, int(os.environ.get('WORLD_SIZE', 1))
+    items = t.batch_size*t.gradient_accumulation_steps*PER_STEP*processes
+    def sample(i): # one of two is shorter: padding needs a mask
+        return Sample(torch.randint(3, 200, (length - i%2,)).tolist(), 1, str(i//2), True, 1)
+    samples = [sample(i) for i in range(2*items)]
+    pairs = [(2*i, 2*i+1) for i in range(items)]
+    is_critic = config.pipeline == 'critic'
+    objective.data = PairDataset(samples, pairs) if is_critic else SolutionDataset(samples[:items])
     fit(objective, config, dict(checkpoint=None))
 
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 def measure(root, case, n, port, rank): # growth of this process's peak
     from weighted_mtp.config import apply_overrides
+    from weighted_mtp.runs import load_parts, prepare
     from weighted_mtp.synthetic import make_micro_model
-    from weighted_mtp.training import load_parts, prepare
-    if n > 1: os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    if n > 1:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                           MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     config = config_of(case, root)
     prepare(config)
     if config.pipeline == 'rho1':
@@ -65,17 +84,20 @@ def measure(root, case, n, port, rank): # growth of this process's peak
     train(config, CASES[case][3])
     return status('VmHWM') - before
 
-def measure_all(root): # each case in a process of its own, forked from one that has imported everything and computed nothing
+def measure_all(root): # each case in a process of its own, forked from one that has imported everything
     import weighted_mtp.critic, weighted_mtp.policies, weighted_mtp.synthetic
     peaks, fork = {}, multiprocessing.get_context('fork')
     for case in CASES:
         n, port = CASES[case][4], free_port()
-        with fork.Pool(n, maxtasksperchild=1) as pool: peaks[case] = max(pool.map(partial(measure, root, case, n, port), range(n), 1))
+        with fork.Pool(n, maxtasksperchild=1) as pool:
+            peaks[case] = max(pool.map(partial(measure, root, case, n, port), range(n), 1))
     return peaks
 
-def measured(root): # whatever is freed goes back at once, so that a process is as large as what it uses
-    env = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '131072', 'MALLOC_ARENA_MAX': '1'}
-    done = subprocess.run([sys.executable, __file__, str(root)], cwd=REPO, env=env, capture_output=True, text=True, timeout=280)
+def measured(root): # what is freed goes back to the system at once, so that a process is as large as what it uses
+    env = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '65536',
+           'MALLOC_TRIM_THRESHOLD_': '131072', 'MALLOC_ARENA_MAX': '1'}
+    command = [sys.executable, __file__, str(root)]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -86,7 +108,8 @@ def make_data(root):
 
 def predicted(case, root):
     from weighted_mtp.estimate import estimate
-    return {k: v for k, v in estimate(config_of(case, root), CASES[case][4], gpu=False).memory.items() if k != 'overhead'}
+    memory = estimate(config_of(case, root), CASES[case][4], gpu=False).memory
+    return {k: v for k, v in memory.items() if k != 'overhead'}
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory): return make_data(tmp_path_factory.mktemp('estimate'))
@@ -101,40 +124,51 @@ def test_memory_is_near_the_measured_peak(case, root, peaks):
 
 def test_every_part_is_needed(root, peaks): # a part that is small everywhere could be wrong unseen
     parts = {case: predicted(case, root) for case in CASES}
-    least = {k: min((sum(p.values()) - p[k])/peaks[case] for case, p in parts.items()) for k in parts['ntp: weights']}
-    assert max(least.values()) < 0.9, '\n'.join(f'{k} {v:.2f}' for k, v in least.items()) # without it, some case fails above
+    def least_without(k): return min((sum(p.values()) - p[k])/peaks[case] for case, p in parts.items())
+    least = {k: least_without(k) for k in parts['ntp: weights']}
+    assert max(least.values()) < 0.9, '\n'.join(f'{k} {v:.2f}' for k, v in least.items()) # some case above would fail
 
 def test_launching_loads_no_model_library():
-    code = "import sys; from weighted_mtp.config import load_config; from weighted_mtp.estimate import estimate; print(estimate(load_config('configs/rho1/rho1.yaml'), 4)); " \
-           "assert not {'torch', 'transformers', 'mlflow', 'pandas'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, '-c', code], cwd=REPO, env={**os.environ, 'PYTHONPATH': str(REPO)}, capture_output=True, text=True)
+    code = """import sys
+from weighted_mtp.config import load_config
+from weighted_mtp.estimate import estimate
+print(estimate(load_config('configs/rho1/rho1.yaml'), 4))
+assert not {'torch', 'transformers', 'mlflow', 'pandas'} & sys.modules.keys()"""
+    env = {**os.environ, 'PYTHONPATH': str(REPO)}
+    done = subprocess.run([sys.executable, '-c', code], cwd=REPO, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and 'extrapolated' in done.stdout, done.stderr
 
-def production(pipeline, ngpus, *words):
+def production(pipeline, ngpus, *overrides):
     from weighted_mtp.config import load_config
     from weighted_mtp.estimate import estimate
-    return estimate(load_config(f'configs/{pipeline}/{pipeline}.yaml', words), ngpus)
+    return estimate(load_config(f'configs/{pipeline}/{pipeline}.yaml', overrides), ngpus)
+
+LARGER = ('training.batch_size=40', 'dataset.max_length=8192', 'model.tuning=full', NO_SHARD,
+          'training.gradient_checkpointing=false')
 
 @pytest.mark.parametrize('pipeline', ('critic', 'verifiable', 'baseline', 'rho1', 'ntp', 'ref_tuning'))
 def test_more_of_anything_takes_more(pipeline):
     one, two, four = (production(pipeline, n) for n in (1, 2, 4))
     assert one.memory_gb > two.memory_gb > four.memory_gb and one.hours > two.hours > four.hours
     assert 10 < four.memory_gb < one.memory_gb < 80 and not one.warnings # what these configs are made for
-    for words in (['training.batch_size=40'], ['dataset.max_length=8192'], ['model.tuning=full'], ['distributed.fsdp.sharding_strategy=NO_SHARD'], ['training.gradient_checkpointing=false']):
-        assert production(pipeline, 2, *words).memory_gb > two.memory_gb, words
+    for override in LARGER: assert production(pipeline, 2, override).memory_gb > two.memory_gb, override
     small = production(pipeline, 1, 'training.batch_size=1', 'training.max_steps=3')
     assert small.steps == 3 and small.memory_gb < one.memory_gb and small.seconds_per_step < one.seconds_per_step
 
 def test_warning_names_figure_limit_and_remedy():
     e = production('baseline', 1, 'training.gradient_checkpointing=false')
-    assert e.memory_gb > 80 and all(w in e.warnings[0] for w in (f'{e.memory_gb:.0f} GB', '80 GB', 'training.batch_size (now 12)', 'dataset.max_length (now 2048)', 'gradient_checkpointing=true'))
+    facts = (f'{e.memory_gb:.0f} GB', '80 GB', 'training.batch_size (now 12)', 'dataset.max_length (now 2048)',
+             'gradient_checkpointing=true')
+    assert e.memory_gb > 80 and all(w in e.warnings[0] for w in facts)
 
 def table(root):
     peaks = measured(make_data(root))
     yield f"{'':24} estimated  measured  ratio"
-    for case, have in peaks.items():
+    for case, peak in peaks.items():
         parts = predicted(case, root)
-        yield f"{case:24} {sum(parts.values())/1e6:6.0f} MB {have/1e6:6.0f} MB {sum(parts.values())/have:6.2f}  " + ', '.join(f'{k} {v/1e6:.0f}' for k, v in parts.items() if v > 5e5)
+        total, large = sum(parts.values()), {k: v for k, v in parts.items() if v > 5e5}
+        shown = ', '.join(f'{k} {v/1e6:.0f}' for k, v in large.items())
+        yield f'{case:24} {total/1e6:6.0f} MB {peak/1e6:6.0f} MB {total/peak:6.2f}  {shown}'
 
 if __name__ == '__main__':
     if len(sys.argv) > 1: print(json.dumps(measure_all(sys.argv[1])))

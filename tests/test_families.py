@@ -9,11 +9,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from weighted_mtp import generation
+from weighted_mtp import drafting, generation
 from weighted_mtp.config import UserError
 from weighted_mtp.models import (MTPForCausalLM, build_policy, build_value_model, check_logits, export_backbone,
                                  load_backbone, load_policy, load_value_model, save_checkpoint)
-from weighted_mtp.training import check_gradients
+from weighted_mtp.optim import check_gradients
 
 REPO, V = Path(__file__).resolve().parent.parent, 64
 SIZES = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -107,7 +107,7 @@ def drafting_is_exact(policy, backbone, ids):
     assert torch.equal(policy.generate(ids[:1], use_mtp=True, **how), policy.generate(ids[:1], **how))
     assert policy.last_drafts.drafted > 0
     want = policy(ids[:1], return_all_heads=True).logits[0, -1, 1:]
-    heads = generation.HeadCandidates(policy, [], False, 99)
+    heads = drafting.HeadDrafter(policy, [], False, 99)
     cache = transformers.DynamicCache()
     for part, seen in ((ids[:1, :10], 10), (ids[:1, 10:], 2)): # what is new after a first pass, too
         out = policy(part, past_key_values=cache, use_cache=True, return_trunk=True)
@@ -173,7 +173,7 @@ def test_blocks_that_cannot_draft_generate_without(capsys, monkeypatch):
     policy = MTPForCausalLM.from_backbone(llama(num_attention_heads=2, num_key_value_heads=2, initializer_range=.3), 3)
     want = [g.ids for g in generation.generate(policy, Words(), PROMPTS, 8, self_speculative=False)]
     for head in policy.extra_heads: head.__class__ = Needy
-    monkeypatch.setattr(generation._LlamaHeads, 'fits', lambda model: False)
+    monkeypatch.setattr(drafting.LlamaHeads, 'fits', lambda model: False)
     got = [[g.ids for g in generation.generate(policy, Words(), PROMPTS, 8)] for _ in range(2)]
     assert got == [want, want]
     assert capsys.readouterr().out.count('LlamaForCausalLM generates without drafts') == 1

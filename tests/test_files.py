@@ -3,13 +3,14 @@ import gzip, json, tracemalloc
 
 import pytest
 
-from weighted_mtp.config import Config, UserError, load_config
+from weighted_mtp.config import UserError, load_config
 from weighted_mtp.corpus import open_corpus
 from weighted_mtp.data import format_prompt, read_solutions
 from weighted_mtp.evaluation import evaluate, load_benchmark
 from weighted_mtp.jsonl import read_jsonl
 from weighted_mtp.rows import read_rows
 from weighted_mtp.sampling import load_pairs, load_solutions
+from weighted_mtp.schema import Config
 from weighted_mtp.storage import setup_data
 
 from test_storage import REPO
@@ -213,7 +214,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_training_on_compressed_files(tmp_path, tokenizer, monkeypatch):
     """`dataset.train=x.jsonl.gz` gives the same weights and validation loss as the plain file."""
     from weighted_mtp.policies import PolicyObjective
-    from weighted_mtp.training import fit, load_parts
+    from weighted_mtp.runs import fit, load_parts
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('WMTP_RUN_DIR', raising=False)
     tokenizer.save_pretrained('tokenizer')

@@ -26,7 +26,9 @@ def too_long(text):
     text = re.sub(r'^__all__ = \[.*?\]', lambda m: '\n'*m[0].count('\n'), text, flags=re.S | re.M)
     return [i for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH and not re.search(r'https?://\S{60}', line)]
 
-@pytest.mark.parametrize('path', MODULES + sorted((REPO/'tests').glob('*.py')), ids=name)
+SCRIPTS = [p for folder in ('tests', 'docs') for p in sorted((REPO/folder).glob('*.py'))]
+
+@pytest.mark.parametrize('path', MODULES + SCRIPTS, ids=name)
 def test_lines_of_python_are_short(path):
     assert not too_long(path.read_text())
 
@@ -92,7 +94,7 @@ def test_no_private_name_of_a_library_is_used(path):
              if is_private(a.name) or any(is_private(part) for part in (n.module or '').split('.'))}
     assert not {(line, word) for line, word in used if word not in own}
 
-WRITTEN_BY_PYTHON = {'_abc_impl', '_backward_cls'} # by the metaclasses of ABC and of autograd.Function
+WRITTEN_BY_PYTHON = {'_abc_impl', '_is_protocol', '_is_runtime_protocol', '_backward_cls'} # by metaclasses
 
 def overridden(cls):
     "Private names of libraries' classes that a class of ours gives a meaning of its own."

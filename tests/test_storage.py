@@ -209,10 +209,10 @@ def test_dry_runs_of_the_production_configs(here):
 
 PEAK = '''
 import resource, sys, time
-from weighted_mtp.storage import setup_data
-from weighted_mtp.config import Config
 from weighted_mtp.data import format_prompt
 from weighted_mtp.sampling import load_pairs
+from weighted_mtp.schema import Config
+from weighted_mtp.storage import setup_data
 from weighted_mtp.synthetic import train_tokenizer
 start = time.time()
 setup_data('codecontests', 'storage/datasets', 'made')

@@ -7,8 +7,9 @@ import pytest, torch
 import warm
 
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
-SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2', 'model.n_heads=2', 'training.max_steps=12',
-         'training.log_every=4', 'training.cpu_threads=1', 'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2',
+         'model.n_heads=2', 'training.max_steps=12', 'training.log_every=4', 'training.cpu_threads=1',
+         'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
@@ -45,8 +46,9 @@ def test_run_leaves_everything(project, first):
     record, result = read(project, 'first'), read(project, 'first', 'result.json')
     assert record['status'] == 'completed' and record['plan']['effective_batch'] == 16
     m = result['metrics']
-    for name in ('pairwise_accuracy', 'margin', 'roc_auc', 'value_variance', 'delta_spikiness', 'position_correlation', 'likelihood_accuracy', 'blind_accuracy',
-                 'drop_within_2', 'drop_within_2_random', 'pairwise_accuracy_mutant', 'pairwise_accuracy_sibling', 'blind_accuracy_sibling'):
+    for name in ('pairwise_accuracy', 'pairwise_accuracy_mutant', 'pairwise_accuracy_sibling', 'margin', 'roc_auc',
+                 'value_variance', 'delta_spikiness', 'position_correlation', 'likelihood_accuracy', 'blind_accuracy',
+                 'blind_accuracy_sibling', 'drop_within_2', 'drop_within_2_random'):
         assert math.isfinite(m[f'test/{name}']), name
     assert all(w in first.stdout for w in ('checkpoint_best.pt', 'runs/first', 'mlflow ui')), first.stdout
     assert (project/result['pictures'][0]).is_file()
@@ -77,7 +79,9 @@ def test_papermill_of_the_record_repeats_bit_for_bit(project, first):
     assert read(project, again)['plan'] == read(project, 'first')['plan']
     assert read(project, again, 'result.json')['metrics'] == read(project, 'first', 'result.json')['metrics']
 
-DATA = dict(instruction='Return one.', input='', output='return 1', problem_id='p', is_correct=True, difficulty=3, source='demo')
+DATA = dict(instruction='Return one.', input='', output='return 1', problem_id='p', is_correct=True, difficulty=3,
+            source='demo')
+BEST = 'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
 
 def no_data(what):
     tokenizer = 'model.tokenizer=storage/datasets/synthetic/tokenizer'
@@ -103,78 +107,90 @@ BAD = [('critic', no_data('empty'), 'is empty'),
     ('verifiable', ['experiment.critic_checkpoint=policy.pt'], 'not a value model'),
     ('verifiable', ['experiment.critic_checkpoint=foreign.pt'], 'another tokenizer'),
     ('rho1', ['experiment.reference_checkpoint=none.pt'], 'ref_tuning'),
-    ('rho1', ['experiment.reference_checkpoint=storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'], 'not a policy'),
+    ('rho1', [f'experiment.reference_checkpoint={BEST}'], 'not a policy'),
     ('baseline', ['model.n_future_tokens=300'], 'looks past dataset.max_length'),
     ('ntp', ['model.n_future_tokens=2'], 'must be 1'),
     ('baseline', ['model.tuning=frozen', 'model.n_future_tokens=1'], 'leaves nothing to train'),
     ('baseline', ['dataset.max_length=8'], 'nothing to train on'), # no prompt leaves room for a response
     ('baseline', ['checkpoint.upload_to=bucket/x'], 's3://BUCKET/PREFIX'),
     ('baseline', ['checkpoint.save_dir=/dev/null/x'], 'cannot be written to'),
-    ('baseline', ['data_sampling.difficulty_bins=[[1,15],[10,25]]', 'data_sampling.difficulty_weights=[1,1]'], 'overlap'),
+    ('baseline', ['data_sampling.difficulty_bins=[[1,15],[10,25]]', 'data_sampling.difficulty_weights=[1,1]'],
+     'overlap'),
     ('baseline', ['model.backbone=foreign'], 'not the tokenizer that it was trained with'), # the embedded data's
     ('baseline', ['model.backbone=renumbered'], 'gives tokens other numbers')]
 
-@pytest.fixture(scope='module')
-def told(project, first): # what each of them says, all in one process: importing torch takes longer than failing
-    from weighted_mtp.models import build_policy, load_value_model, save_checkpoint
+def make_bad_models(folder, best):
     from transformers import AutoTokenizer
+    from weighted_mtp.models import build_policy, load_value_model, save_checkpoint
     from weighted_mtp.synthetic import make_micro_model, train_tokenizer
-    for name, n in (('foreign', 300), ('renumbered', 1024)): make_micro_model(project/name, train_tokenizer([f'other words {i}' for i in range(4000)], project/name, n), hidden_size=32, n_layers=2, n_heads=2)
-    best = project/'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
+    sizes = dict(hidden_size=32, n_layers=2, n_heads=2)
+    for name, n in (('foreign', 300), ('renumbered', 1024)):
+        tokenizer = train_tokenizer([f'other words {i}' for i in range(4000)], folder/name, n)
+        make_micro_model(folder/name, tokenizer, **sizes)
+    (folder/'torn.pt').write_bytes(best.read_bytes()[:9000])
+    save_checkpoint(folder/'foreign.pt', load_value_model(best), vocabulary='another')
+    own = AutoTokenizer.from_pretrained(folder/'storage/datasets/synthetic/tokenizer')
+    save_checkpoint(folder/'policy.pt', build_policy(make_micro_model(tokenizer=own, **sizes), 2))
+
+ALL_BAD = f'''
+import contextlib, importlib, io, json
+def run(pipeline, overrides):
+    words = ['--config', f'configs/{{pipeline}}/{{pipeline}}_micro.yaml']
+    words += [w for o in {SMALL!r} + overrides for w in ('--override', o)]
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try: importlib.import_module(f'weighted_mtp.pipelines.run_{{pipeline}}').main(words)
+        except SystemExit as e: return e.code, printed.getvalue()
+    return 0, printed.getvalue()
+json.dump([run(pipeline, overrides) for pipeline, overrides, _ in {BAD!r}], open('results.json', 'w'))
+'''
+
+@pytest.fixture(scope='module')
+def results(project, first): # exit code and message of each; in one process, since importing torch takes long
+    make_bad_models(project, project/BEST)
     (project/'empty.jsonl').touch()
     (project/'one-sided.jsonl').write_text('\n'.join([json.dumps(DATA)]*3))
-    (project/'torn.pt').write_bytes(best.read_bytes()[:9000])
-    save_checkpoint(project/'foreign.pt', load_value_model(best), vocabulary='another')
-    save_checkpoint(project/'policy.pt', build_policy(make_micro_model(tokenizer=AutoTokenizer.from_pretrained(project/'storage/datasets/synthetic/tokenizer'), hidden_size=32, n_layers=2, n_heads=2), 2))
-    code = f'''
-import contextlib, importlib, io, json
-out = []
-for pipeline, overrides, _ in {BAD!r}:
-    said = io.StringIO()
-    words = ['--config', f'configs/{{pipeline}}/{{pipeline}}_micro.yaml'] + [w for o in {SMALL!r} + overrides for w in ('--override', o)]
-    with contextlib.redirect_stderr(said):
-        try: importlib.import_module(f'weighted_mtp.pipelines.run_{{pipeline}}').main(words); code = 0
-        except SystemExit as e: code = e.code
-    out.append([code, said.getvalue()])
-json.dump(out, open('told.json', 'w'))
-'''
-    done = warm.run([sys.executable, '-c', code], project, {**os.environ, 'HOME': str(project/'home')})
+    done = warm.run([sys.executable, '-c', ALL_BAD], project, {**os.environ, 'HOME': str(project/'home')})
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads((project/'told.json').read_text())
+    return json.loads((project/'results.json').read_text())
 
 @pytest.mark.parametrize('i', range(len(BAD)), ids=[b[2] for b in BAD])
-def test_bad_models_and_numbers(told, i):
-    code, said = told[i]
-    errors = [l for l in said.splitlines() if l.startswith('Error: ')]
-    assert code == 2 and len(errors) == 1 and BAD[i][2] in errors[0] and 'Traceback' not in said, said
+def test_bad_models_and_numbers(results, i):
+    code, printed = results[i]
+    errors = [l for l in printed.splitlines() if l.startswith('Error: ')]
+    assert code == 2 and len(errors) == 1 and BAD[i][2] in errors[0] and 'Traceback' not in printed, printed
 
 def test_too_large_a_batch_says_what_to_lower(project, first):
+    large = SMALL + ['training.batch_size=256', 'model.hidden_size=1024', 'experiment.name=large']
     code = f'''
 import resource, runpy, sys
 import weighted_mtp.policies, transformers, mlflow # what is loaded is no part of the limit
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2000*2**20,)*2) # Arrow sets address space aside, too
-sys.argv = ['run_baseline', '--config', 'configs/baseline/baseline_micro.yaml'] + [w for o in {SMALL!r} + ['training.batch_size=256', 'model.hidden_size=1024', 'experiment.name=large'] for w in ('--override', o)]
+sys.argv = ['run_baseline', '--config', 'configs/baseline/baseline_micro.yaml']
+sys.argv += [w for o in {large!r} for w in ('--override', o)]
 runpy.run_module('weighted_mtp.pipelines.run_baseline', run_name='__main__')
 '''
     done = shell(project, sys.executable, '-c', code)
-    assert done.returncode == 2 and 'training.batch_size=128 with training.gradient_accumulation_steps=2' in done.stderr and 'Traceback' not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr[-2000:]
+    assert 'training.batch_size=128 with training.gradient_accumulation_steps=2' in done.stderr, done.stderr[-2000:]
 
 def test_full_disk_keeps_the_previous_checkpoint(project, first):
-    """A limit on file size stands in for a full disk: the write fails half-way in both cases, and the limit needs no device of its own."""
+    """A limit on file size stands in for a full disk: the write fails half-way in both cases, and the limit needs no
+    device of its own."""
     code = '''
 import signal, sys, torch
-from weighted_mtp.models import load_value_model, save_checkpoint
 from weighted_mtp.config import UserError
+from weighted_mtp.models import load_value_model, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN) # the write then fails with an error, as on a full disk
 model = load_value_model(sys.argv[1])
 try: save_checkpoint(sys.argv[1], model, step=99)
 except UserError as e: print(e); sys.exit(2)
 '''
-    best = project/'storage/checkpoints/critic/critic-pretrain/checkpoint_best.pt'
+    best = project/BEST
     before = best.read_bytes()
     limit = len(before)//2
-    done = shell(project, sys.executable, '-c', code, str(best), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    def lower(): resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    done = shell(project, sys.executable, '-c', code, str(best), preexec_fn=lower)
     assert done.returncode == 2 and 'could not be saved' in done.stdout, done.stdout + done.stderr
     assert best.read_bytes() == before and not list(best.parent.glob('*.part'))
 
@@ -184,10 +200,12 @@ def test_every_tuning_trains_and_loads(project, first, tuning, head):
     from transformers import AutoTokenizer
     from weighted_mtp.models import load_value_model
     from weighted_mtp.synthetic import make_micro_model
-    backbone = project/'storage/models/micro'
-    if not backbone.exists(): make_micro_model(backbone, AutoTokenizer.from_pretrained(project/'storage/datasets/synthetic/tokenizer'), 32, 2, 2)
-    done = train(project, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}', f'experiment.name={tuning}', 'critic.value_weight=0.5', 'critic.lm_first=0',
-                'training.td_lambda_schedule=cosine', 'model.lora.r=4', 'critic.lm_weight=0', 'critic.blind_yardstick=false', 'training.gradient_checkpointing=true')
+    backbone, tokenizer = project/'storage/models/micro', project/'storage/datasets/synthetic/tokenizer'
+    if not backbone.exists(): make_micro_model(backbone, AutoTokenizer.from_pretrained(tokenizer), 32, 2, 2)
+    done = train(project, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}',
+                 f'experiment.name={tuning}', 'critic.value_weight=0.5', 'critic.lm_first=0', 'critic.lm_weight=0',
+                 'training.td_lambda_schedule=cosine', 'model.lora.r=4', 'critic.blind_yardstick=false',
+                 'training.gradient_checkpointing=true')
     assert done.returncode == 0, done.stdout + done.stderr
     best = project/f'storage/checkpoints/critic/{tuning}/checkpoint_best.pt'
     state = torch.load(best, weights_only=True)['state']
@@ -195,23 +213,28 @@ def test_every_tuning_trains_and_loads(project, first, tuning, head):
     assert load_value_model(best)(torch.tensor([[3, 4, 5]])).values.isfinite().all()
 
 def test_critic_page_runs(project, first):
-    """nbs/studies/critic.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget."""
+    """nbs/studies/critic.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget."""
     (project/'nbs/studies').mkdir(exist_ok=True)
     shutil.copy(REPO/'nbs/studies/critic.ipynb', project/'nbs/studies')
     small = [o for o in SMALL if 'max_steps' not in o] + ['training.max_steps=4']
-    done = shell(project, 'papermill', 'nbs/studies/critic.ipynb', 'runs/critic.ipynb', '-y', json.dumps(dict(seeds=[0], overrides=small)), timeout=600)
+    sizes = json.dumps(dict(seeds=[0], overrides=small))
+    done = shell(project, 'papermill', 'nbs/studies/critic.ipynb', 'runs/critic.ipynb', '-y', sizes, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 def test_compare_page_runs(project, first):
-    """nbs/studies/compare.ipynb, whose kept outputs come from full runs, executes from top to bottom on a small budget: a workflow of six stages, and what it shows of them."""
+    """nbs/studies/compare.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget:
+    a workflow of six stages, and what it shows of them."""
     (project/'nbs/studies').mkdir(exist_ok=True)
     shutil.copy(REPO/'nbs/studies/compare.ipynb', project/'nbs/studies')
     small = [o for o in SMALL if 'max_steps' not in o and 'lm_first' not in o]
     small += ['evaluation.max_new_tokens=24'] # policies of six steps have nothing to say
-    sizes = dict(seeds=[0], steps=6, judged=8, overrides=small)
-    done = shell(project, 'papermill', 'nbs/studies/compare.ipynb', 'runs/compare.ipynb', '-y', json.dumps(sizes), timeout=600)
+    sizes = json.dumps(dict(seeds=[0], steps=6, judged=8, overrides=small))
+    done = shell(project, 'papermill', 'nbs/studies/compare.ipynb', 'runs/compare.ipynb', '-y', sizes, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    m = {p: read(project, f'compare-0-{p}', 'result.json')['metrics'] for p in ('ntp', 'ref_tuning', 'verifiable', 'rho1')}
-    assert m['ntp'] == m['ref_tuning'] # the same training under two names
-    assert any('experiment.critic_checkpoint=' in o and 'compare-0-critic' in o for o in read(project, 'compare-0-verifiable')['request']['overrides']) # handed on
-    assert any('compare-0-ref_tuning' in o for o in read(project, 'compare-0-rho1')['request']['overrides'])
+    def metrics(pipeline): return read(project, f'compare-0-{pipeline}', 'result.json')['metrics']
+    assert metrics('ntp') == metrics('ref_tuning') # the same training under two names
+    assert metrics('verifiable') and metrics('rho1')
+    def overrides(pipeline): return read(project, f'compare-0-{pipeline}')['request']['overrides']
+    # outputs of one stage feed the next
+    assert any('experiment.critic_checkpoint=' in o and 'compare-0-critic' in o for o in overrides('verifiable'))
+    assert any('compare-0-ref_tuning' in o for o in overrides('rho1'))

@@ -9,8 +9,11 @@ from typing import get_type_hints
 import nbformat, pytest, yaml
 from omegaconf import OmegaConf
 
-from weighted_mtp.config import (SECRET_NAMES, Config, EnvWarning, UserError, apply_overrides, flatten, known_secrets,
-                                 load_config, load_env, load_site, plain, quoted, read_override, schema, to_yaml)
+from weighted_mtp.config import (UserError, apply_overrides, load_config, load_site, plain, quoted, read_override,
+                                 to_yaml)
+from weighted_mtp.env_secrets import SECRET_NAMES, EnvWarning, known_secrets, load_env
+from weighted_mtp.files import flatten
+from weighted_mtp.schema import Config, schema
 
 REPO = Path(__file__).resolve().parent.parent
 CASES = REPO.parent/'shared'/'cases'
@@ -28,11 +31,11 @@ def here(project, monkeypatch):
     (project/'.env').write_text('\n'.join(f'{k}=not-real-{k.lower()}' for k in SECRET_NAMES))
     monkeypatch.chdir(project)
     monkeypatch.setenv('VESSL_ACCESS_TOKEN', 'not-a-real-vessl-token')
-    monkeypatch.setattr('weighted_mtp.plan._code_warnings', lambda site: []) # asks git each time
+    monkeypatch.setattr('weighted_mtp.preflight.code_warnings', lambda site: []) # asks git each time
     return project
 
 def get(config, key): return flatten(OmegaConf.to_container(config, resolve=True))[key]
-def told(call, *args, **kw): # the error, which has to be one for users
+def error(call, *args, **kw): # the text of the `UserError` that the call has to raise
     with pytest.raises(UserError) as e: call(*args, **kw)
     return str(e.value)
 def from_file(folder, text):
@@ -86,7 +89,7 @@ def test_override_values():
     for key, value, right in OVERRIDES:
         override = f'{key}={value}'
         if right is REFUSED:
-            message = told(apply_overrides, {}, [override])
+            message = error(apply_overrides, {}, [override])
             assert key in message and value[:9] in message and override[:40] in message, message
             assert any(s in message for s in ('must be', 'is empty', 'not YAML', 'whole numbers')), message
         else:
@@ -145,7 +148,7 @@ def test_every_field():
             for _ in range(depth): right = [right]
             assert read_override(f'{key}={typed(x)}') == (key, right)
         for x in bad:
-            message = told(read_override, f'{key}={typed(x)}')
+            message = error(read_override, f'{key}={typed(x)}')
             assert message.startswith(f"override '{key}={typed(x)}': {key} = ") and '\n' not in message, message
             assert 'must be' in message or 'allowed are' in message, message
 
@@ -154,7 +157,7 @@ def nested(key, value):
     return value
 
 def test_python_values_are_taken_as_they_are_or_refused():
-    for key, kind, metadata in KEYS:
+    for key, kind, _ in KEYS:
         for value in ANYTHING:
             try: found = get(apply_overrides(nested(key, value)), key)
             except UserError as e:
@@ -169,7 +172,7 @@ def test_all_problems_of_a_file_at_once(tmp_path):
         at = tree
         for part in key.split('.')[:-1]: at = at.setdefault(part, {})
         at[key.split('.')[-1]] = {'no': 'value'}
-    lines = told(from_file, tmp_path, yaml.safe_dump(tree)).splitlines()
+    lines = error(from_file, tmp_path, yaml.safe_dump(tree)).splitlines()
     assert len(lines) == len(KEYS)
     for key, *_ in KEYS: assert any(re.search(rf'my\.yaml, line \d+: {key} = ', line) for line in lines), key
 
@@ -236,7 +239,7 @@ def test_text_in_files(tmp_path):
     assert to_yaml(again) == to_yaml(c)
     several = 'experiment:\n  description: |\n    two\n    lines\n'
     assert from_file(tmp_path, several).experiment.description == 'two\nlines\n'
-    assert 'one line' in told(from_file, tmp_path, several.replace('description', 'name'))
+    assert 'one line' in error(from_file, tmp_path, several.replace('description', 'name'))
 
 def test_references():
     c = apply_overrides({}, ['experiment.name=a', 'checkpoint.save_dir=out/${pipeline}/${experiment.name}',
@@ -251,9 +254,9 @@ def test_references():
             ('experiment.name=${oc.env:HOME}', 'begins a reference'), ('experiment.name=${', 'begins a reference'),
             ('experiment.name=\\${experiment.description}', 'begins a reference'),
             ('evaluation.benchmarks=["${x}"]', 'unknown key')):
-        assert says in told(apply_overrides, {}, [override]), override
+        assert says in error(apply_overrides, {}, [override]), override
 
-FILES = [ # what is in it, and what is said of it
+FILES = [ # what is in it, and what the message says
     (b'training:\n  seed: 1\n  seed: 2\n', "line 3: the key 'seed' is there twice"),
     (b'training:\n\tseed: 1\n', 'line 2, column 1'), (b'experiment:\n  name: \xe9\n', 'line 2: not UTF-8'),
     ('training:\n seed: 1'.encode('utf-16'), 'not UTF-8'),
@@ -271,13 +274,13 @@ FILES = [ # what is in it, and what is said of it
 def test_bad_files(tmp_path):
     for content, says in FILES:
         (tmp_path/'my.yaml').write_bytes(content)
-        message = told(load_config, tmp_path/'my.yaml')
+        message = error(load_config, tmp_path/'my.yaml')
         assert says in message and 'my.yaml' in message and len(message) < 400, message
     names = string.ascii_lowercase
     bomb = 'a: &a [x]\n' + ''.join(f'{b}: &{b} [{", ".join([f"*{a}"]*9)}]\n' for a, b in zip(names, names[1:]))
-    assert len(told(from_file, tmp_path, bomb)) < 4000 # 9**25 items, if it were written out
+    assert len(error(from_file, tmp_path, bomb)) < 4000 # 9**25 items, if it were written out
     for path in (tmp_path, tmp_path/'none.yaml', '', 5, None, b'x', 'x'*5000, 'a\0b', '~nobody/x', ['a']):
-        assert 'Config file' in told(load_config, path), path
+        assert 'Config file' in error(load_config, path), path
 
 def test_files_of_windows_and_empty_ones(tmp_path):
     (tmp_path/'my.yaml').write_bytes(b'\xef\xbb\xbftraining:\r\n  seed: 3\r\n')
@@ -299,16 +302,16 @@ def test_python_values():
                       ({'experiment': {'name': None}}, 'experiment.name = None'), ({3: 4}, "unknown key '3'"),
                       ('x', 'config'),
                       (3, 'config'), (c, 'training.seed = -1')):
-        assert says in told(apply_overrides, bad)
+        assert says in error(apply_overrides, bad)
     for overrides in (5, {'training.seed': 1}, [None], [5], ['=1'], [''], [b'training.seed=1']):
-        assert 'key=value' in told(apply_overrides, {}, overrides)
+        assert 'key=value' in error(apply_overrides, {}, overrides)
 
 def test_no_message_repeats_a_secret(here, tmp_path):
     for override in ('mlflow.tracking_uri=http://me:geheim@host', 'experiment.nam=not-real-hf_token',
                      'training.seed=not-real-hf_token'):
-        message = told(apply_overrides, {}, [override])
+        message = error(apply_overrides, {}, [override])
         assert 'geheim' not in message and 'not-real-hf' not in message and '***' in message
-    assert 'not-real-hf' not in told(from_file, tmp_path, 'training: {seed: not-real-hf_token}')
+    assert 'not-real-hf' not in error(from_file, tmp_path, 'training: {seed: not-real-hf_token}')
 
 # ---- requests, by every entry point
 
@@ -323,7 +326,7 @@ FIELDS = ('experiment.description', 'dataset.train', 'experiment.reference_check
           'checkpoint.save_dir', 'model.backbone')
 
 def through_yaml_and_shell(plan): # as VESSL does: parsed, dumped, parsed; then a shell's words
-    from weighted_mtp.targets import run_yaml_text
+    from weighted_mtp.vessl_run import run_yaml_text
     again = yaml.safe_load(yaml.dump(yaml.safe_load(run_yaml_text(plan.run_yaml))))
     assert again == plan.run_yaml
     words = shlex.split(again['run'][-1]['command'])
@@ -333,7 +336,7 @@ def through_yaml_and_shell(plan): # as VESSL does: parsed, dumped, parsed; then 
 
 def injected(request): # what the parameters cells of the launch notebook come to
     from weighted_mtp.launch import notebook_request
-    from weighted_mtp.records import request_notebook
+    from weighted_mtp.launch_notebook import request_notebook
     names = {}
     for cell in nbformat.reads(request_notebook(request), 4).cells:
         if {'parameters', 'injected-parameters'} & set(cell.metadata.get('tags', ())): exec(cell.source, names)
@@ -365,15 +368,15 @@ def test_round_trip(here):
             if f not in refused: assert flatten(plan.resolved)[f] == right == get(config, f), (f, text)
         for request in (injected(asked), by_command(asked), LaunchForm(**asked).request):
             assert make_plan(**request) == plan, text
-        for f in empty: assert 'is empty' in told(make_plan, 'critic', 1, overrides=[f'{f}='])
+        for f in empty: assert 'is empty' in error(make_plan, 'critic', 1, overrides=[f'{f}='])
     for text in (*NEVER, *NOT_EVERYWHERE):
         for f in FIELDS:
             asked = dict(pipeline='critic', ngpus=1, overrides=[f'{f}={quoted(text) if text != NEVER[-1] else text}'])
             if text in NOT_EVERYWHERE and f == 'experiment.description':
                 assert get(through_yaml_and_shell(make_plan(**injected(asked))), f) == text
-            else: assert re.search('must be|one line', told(make_plan, **asked)), (f, text)
+            else: assert re.search('must be|one line', error(make_plan, **asked)), (f, text)
     for text in (*NEVER, *NOT_EVERYWHERE, '', ' a', 'a '):
-        assert 'must be' in told(make_plan, 'verifiable', 1, critic_checkpoint=text)
+        assert 'must be' in error(make_plan, 'verifiable', 1, critic_checkpoint=text)
 
 def test_names_and_records(here):
     from weighted_mtp.launch import Run, new_run, relaunch
@@ -385,8 +388,8 @@ def test_names_and_records(here):
     again = relaunch('007', dry_run='yes', target='local')
     assert again.name == '007-2' and again.record()['plan']['resolved']['experiment']['name'] == '1e5'
     for name in ('', ' a', 'a\n', '../a', '.a', '-a', 'x'*300, 7, True, 1e5, ['a'], b'a'):
-        assert told(new_run, pipeline='critic', ngpus=1, name=name, dry_run=True).startswith('name = ')
-    assert "Did you mean 'ngpus'" in told(relaunch, '007', ngpu=2)
+        assert error(new_run, pipeline='critic', ngpus=1, name=name, dry_run=True).startswith('name = ')
+    assert "Did you mean 'ngpus'" in error(relaunch, '007', ngpu=2)
 
 def test_a_workflow_names_the_stage(here):
     from weighted_mtp.launch import workflow
@@ -394,7 +397,7 @@ def test_a_workflow_names_the_stage(here):
                           "Stage 1 of the workflow (critic): unknown field 'ngpu'. Did you mean 'ngpus'"),
                          (['critic'], 'Stage 1 of the workflow'), ([dict(ngpus=1)], 'pipeline is missing'),
                          ('critic', 'list of requests')):
-        assert says in told(workflow, stages)
+        assert says in error(workflow, stages)
 
 def test_a_workflow_leaves_a_given_checkpoint_alone():
     from weighted_mtp.launch import _with_checkpoint
@@ -430,7 +433,7 @@ def test_overrides_in_any_form(here):
                         (['experiment.description=a training.seed=1'], 'give each override by itself'),
                         (['training.seed=1\ntraining.beta=2'], 'one line'),
                         ('seed=1', "unknown key 'seed'. Did you mean")):
-        assert says in told(make_plan, 'critic', 1, overrides=given), given
+        assert says in error(make_plan, 'critic', 1, overrides=given), given
 
 def test_what_papermill_makes_of_text(here):
     "`-p` turns text into numbers before we see it: refused with the way out, never changed. `-r` keeps the characters."
@@ -439,7 +442,7 @@ def test_what_papermill_makes_of_text(here):
     for field in ('name', 'critic_checkpoint', 'config'):
         for text in ('007', '1e5', 'True', 'inf', '2026_11_26', 'nan'):
             request = injected(dict(pipeline='verifiable', ngpus=1) | {field: papermill.cli._resolve_type(text)})
-            message = told(make_plan, **request)
+            message = error(make_plan, **request)
             assert message.startswith(f'{field} = ') and f'-r {field} TEXT' in message
     raw = injected(dict(pipeline='verifiable', ngpus='2', critic_checkpoint='007', dry_run='True', batch_size='1e1'))
     plan = make_plan(**raw)
@@ -457,12 +460,13 @@ def test_numbers_of_requests(here):
         assert make_plan('critic', 2, batch_size=value).batch_size == 10
     assert make_plan('critic', '2', effective_batch='2.4e1').effective_batch == 24
     for value in (0, -1, 1.5, True, '', 'ten', math.inf, math.nan, [1], '1e9', 10**12):
-        assert re.search('batch_size = .*must be a whole number', told(make_plan, 'critic', 1, batch_size=value)), value
+        message = error(make_plan, 'critic', 1, batch_size=value)
+        assert re.search('batch_size = .*must be a whole number', message), value
     for value in (3, 8, 2.0, True, '2.0', '1e0', 'two', '', [1], math.nan, '٢', None):
-        assert 'only 1, 2 or 4 GPUs' in told(make_plan, 'critic', value), value
-    for value in (1, 0, 'maybe', '', None, []): assert 'dry_run' in told(make_plan, 'critic', 1, dry_run=value), value
+        assert 'only 1, 2 or 4 GPUs' in error(make_plan, 'critic', value), value
+    for value in (1, 0, 'maybe', '', None, []): assert 'dry_run' in error(make_plan, 'critic', 1, dry_run=value), value
     for value in (1, True, ['local'], {}, 'Local', None):
-        assert 'target' in told(make_plan, 'critic', 1, target=value) and 'pipeline' in told(make_plan, value, 1)
+        assert 'target' in error(make_plan, 'critic', 1, target=value) and 'pipeline' in error(make_plan, value, 1)
 
 def test_form(here):
     from weighted_mtp.form import LaunchForm
@@ -474,11 +478,11 @@ def test_form(here):
         form.fields['overrides'].value = text
         assert make_plan(**form.request) == right, text
     form.fields['overrides'].value = ' '.join(TWO) # one a line: this is one, of two
-    assert 'give each override by itself' in told(make_plan, **form.request)
+    assert 'give each override by itself' in error(make_plan, **form.request)
     for field, value in (('pipeline', 'critc'), ('ngpus', 8), ('ngpus', 2.5), ('target', 'moon'),
                          ('dry_run', 'perhaps'),
                          ('overrides', ['a\nb']), ('overrides', [5]), ('nope', 1)):
-        assert field in told(LaunchForm, **{field: value}), field
+        assert field in error(LaunchForm, **{field: value}), field
 
 def test_config_files_of_requests(here):
     from weighted_mtp.launch import make_plan
@@ -487,17 +491,17 @@ def test_config_files_of_requests(here):
         plan = make_plan('critic', 1, config=name)
         assert through_yaml_and_shell(plan).experiment.name == '2026_11_26' and not plan.config.startswith('-')
     for name in ('none.yaml', 'configs', 'x'*5000, 'a\0b', '~nobody/x.yaml', '', ' ', 5, True):
-        assert 'onfig' in told(make_plan, 'critic', 1, config=name), name
+        assert 'onfig' in error(make_plan, 'critic', 1, config=name), name
 
 def test_secrets_do_not_get_into_plans(here):
     from weighted_mtp.launch import make_plan
     (here/'leak.yaml').write_text('pipeline: critic\nexperiment: {description: a not-real-hf_token}\n')
-    message = told(make_plan, 'critic', 1, config='leak.yaml')
+    message = error(make_plan, 'critic', 1, config='leak.yaml')
     assert 'experiment.description holds the value of HF_TOKEN' in message and 'not-real-hf_token' not in message
     (here/'.env').write_text(r"""MLFLOW_TRACKING_PASSWORD="ab'c\\d\"e12" """)
     secret = 'ab\'c\\d"e12' # which the repr of a list would show in another way
     assert ('MLFLOW_TRACKING_PASSWORD', secret) in known_secrets()
-    message = told(make_plan, 'critic', 1, overrides=[f'experiment.description={secret}', f'experiment.nam={secret}'])
+    message = error(make_plan, 'critic', 1, overrides=[f'experiment.description={secret}', f'experiment.nam={secret}'])
     assert 'holds the value of MLFLOW_TRACKING_PASSWORD' in message and secret not in message
 
 # ---- the site
@@ -516,23 +520,24 @@ def test_site(tmp_path):
     for value, right in (('2.5', 2.5), ('0', 0.), ('1e0', 1.), ('', None)):
         assert changed('price_per_gpu_hour', value).price_per_gpu_hour == right
     for value in ('inf', 'nan', '-1', 'two', '1,5', '2 EUR'):
-        assert 's.ini: price_per_gpu_hour = ' in told(changed, 'price_per_gpu_hour', value)
+        assert 's.ini: price_per_gpu_hour = ' in error(changed, 'price_per_gpu_hour', value)
     for value in ('a b', 'a # b', '- a', '{{x}}: y'): # test_vessl sends them
         assert changed('image', value).image == value
-    for value in ('a\n   b', 'a\tb'): assert 's.ini: image = ' in told(changed, 'image', value)
+    for value in ('a\n   b', 'a\tb'): assert 's.ini: image = ' in error(changed, 'image', value)
     for field in ('cluster', 'git_url', 'organization', 'workdir', 'preset_2gpu', 'secrets'):
-        for value in ('/a b', '/a\n   b', '/a # b', '/a\tb'): assert f's.ini: {field} = ' in told(changed, field, value)
+        for value in ('/a b', '/a\n   b', '/a # b', '/a\tb'):
+            assert f's.ini: {field} = ' in error(changed, field, value)
     for field in ('mlflow_uri', 'git_url'):
-        message = told(changed, field, 'https://me:geheim@host/x')
+        message = error(changed, field, 'https://me:geheim@host/x')
         assert field in message and 'geheim' not in message
-    assert "Did you mean 'checkpoints'" in told(changed, 'exports', 'checkpoint, mlruns')
+    assert "Did you mean 'checkpoints'" in error(changed, 'exports', 'checkpoint, mlruns')
     for text, encoding, says in (('[DEFAULT', 'utf-8', 'ini file'), (good, 'utf-16', 'UTF-8'),
                                  ('x = 1\n', 'utf-8', 'ini file'),
                                  (good.replace('cluster', 'clutser'), 'utf-8', "Did you mean 'cluster'"),
                                  ('', 'utf-8', 'missing'),
                                  (good + '\ncluster = x\n', 'utf-8', 'cluster'),
                                  (good.replace('DEFAULT', 'site'), 'utf-8', '[DEFAULT]')):
-        assert says in told(site, text, encoding)
+        assert says in error(site, text, encoding)
 
 def test_awkward_sites_survive_vessl(here):
     from weighted_mtp.launch import make_plan
@@ -554,7 +559,7 @@ P = 'MLFLOW_TRACKING_PASSWORD'
 DUMMIES = ('...', '…', '<token>', 'changeme', 'CHANGE_ME', 'change-me', 'xxx', 'hf_xxxxxxxx', 'your_token_here',
            'YOUR-TOKEN', 'HF_TOKEN',
            '***', 'todo', 'placeholder', '<your key>', '"a b"', 'hf_abc\u200b', 'hf_ä')
-ENV = [ # text, what is read, lines that are named; first the cases of the issue
+ENV = [ # text, what is read, lines that are named as wrong; first the cases of the issue
     (f'{P}: x\n', {}, [1]), (f"export {P}='it''s'\nHF_TOKEN=abc\n", dict(HF_TOKEN='abc'), [1]),
     ('HF_TOKEN=hf_xxx your token here\n', {}, [1]), (f'{P}=ab$cd\n', {P: 'ab$cd'}, []),
     (f'# a comment\n\n\n{P} x\nOTHER=1\n', dict(OTHER='1'), [4]), ('HF_TOKEN\n', {}, [1]),
@@ -579,12 +584,13 @@ ENV = [ # text, what is read, lines that are named; first the cases of the issue
 def test_env_lines(tmp_path, caplog, capsys):
     for text, right, lines in ENV:
         (tmp_path/'.env').write_bytes(text.encode())
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
             env = load_env(tmp_path/'.env')
-        said = [str(w.message) for w in said if issubclass(w.category, EnvWarning)]
-        assert env == right and [int(re.search(r'\.env, line (\d+): ', m)[1]) for m in said] == lines, (text, env, said)
-        for m in said: assert re.search('expected|twice|looks like|into quotes|closed', m), m
+        messages = [str(w.message) for w in caught if issubclass(w.category, EnvWarning)]
+        named = [int(re.search(r'\.env, line (\d+): ', m)[1]) for m in messages]
+        assert (env, named) == (right, lines), (text, messages)
+        for m in messages: assert re.search('expected|twice|looks like|into quotes|closed', m), m
     assert not caplog.records and capsys.readouterr() == ('', '') # nothing of python-dotenv's own
 
 def test_shared_env_cases():
@@ -601,19 +607,19 @@ def test_env_is_strict_where_it_is_needed(tmp_path):
     for extra, says in (('OTHER: geheim', 'line 7: cannot be read: expected NAME=value'),
                         ("A='geheim", 'has to end with the quote'),
                         ('HF_TOKEN=geheim', 'HF_TOKEN is there twice, first in line 6')):
-        message = told(needed, full + extra + '\n')
+        message = error(needed, full + extra + '\n')
         assert says in message and 'geheim' not in message and str(tmp_path/'.env') in message
     worse = full.replace('real-hf_token', '<token>').replace('real-aws_default_region', '')
     worse = worse.replace('AWS_ACCESS', 'AWS_ACESS')
-    message = told(needed, worse)
+    message = error(needed, worse)
     assert 'line 6: HF_TOKEN looks like a placeholder' in message and message.count('HF_TOKEN') == 1
     assert "no value for AWS_ACCESS_KEY_ID (it has AWS_ACESS_KEY_ID: rename it), AWS_DEFAULT_REGION" in message
     (tmp_path/'.env.example').write_text('HF_TOKEN=real-hf_token\nAWS_DEFAULT_REGION=real-aws_default_region\n')
-    assert told(needed, full).count('placeholder') == 1 # the example's own text; but for the region, which is no secret
+    assert error(needed, full).count('placeholder') == 1 # the example's text; the region may be the example's
     (tmp_path/'.env').write_bytes(full.encode() + b'OTHER=\xff\n')
-    for required in (True, False): assert 'line 7: not UTF-8' in told(load_env, tmp_path/'.env', required=required)
+    for required in (True, False): assert 'line 7: not UTF-8' in error(load_env, tmp_path/'.env', required=required)
 
-def test_plans_tell_of_the_env(here):
+def test_plans_report_problems_of_env(here):
     from weighted_mtp.launch import make_plan
     (here/'.env').write_text(''.join(f'{k}=real-{k.lower()}\n' for k in SECRET_NAMES) + 'OTHER: geheim\n')
     vessl, local = make_plan('critic', 1), make_plan('critic', 1, target='local')
@@ -646,7 +652,7 @@ def test_addresses_and_paths_of_a_config():
                            ('dataset.train=s3://me:geheim@b/x.jsonl', 'dataset.train holds'),
                            ('checkpoint.save_dir=~/x', 'save_dir'), ('checkpoint.save_dir=~', 'save_dir'),
                            ('checkpoint.save_dir=~me/x', 'save_dir')):
-        message = told(apply_overrides, {}, [override])
+        message = error(apply_overrides, {}, [override])
         assert says in message and 'geheim' not in message, message
     for uri in ('http://h', 'https://h:5000/x', 'sqlite:///a.db', 'sqlite:////a/b.db', 'file:///a', 'mlruns',
                 'databricks', 'postgresql+psycopg2://h/db', 'http://[::1]:5000'):
@@ -657,16 +663,16 @@ def test_addresses_and_paths_of_a_config():
 def test_hints_say_what_is_right(tmp_path):
     for override, says in (('data_sampling.difficulty_bins=[1, 7]', '(write [[1, 7]])'),
                            ('data_sampling.curriculum=5', '(write [[5]])'), ('evaluation.ks=1,5', '(write [1,5])')):
-        assert says in told(apply_overrides, {}, [override])
+        assert says in error(apply_overrides, {}, [override])
     for text, says in (('training: {seed: 1}\n---\ntraining: {}\n', 'line 2'),
                        ('a: 1\nb: a\0b\n', "line 2: it holds the"),
                        ('a: 1\n\nb: a\x07b\n', "line 3: it holds the character '\\x07'"),
                        ('experiment: {name: "${experiment.name}"}\n', 'experiment.name: refers to itself'),
                        ('experiment: {name: "${experiment.description}", description: "${experiment.name}"}\n',
                         'refers to itself')):
-        message = told(from_file, tmp_path, text)
+        message = error(from_file, tmp_path, text)
         assert says in message and 'my.yaml' in message, message
-    assert 'a second document begins' in told(from_file, tmp_path, 'training: {seed: 1}\n---\ntraining: {}\n')
+    assert 'a second document begins' in error(from_file, tmp_path, 'training: {seed: 1}\n---\ntraining: {}\n')
 
 def test_plans_name_what_a_config_lacks(here):
     from weighted_mtp.launch import make_plan
@@ -674,21 +680,22 @@ def test_plans_name_what_a_config_lacks(here):
     try:
         for text in ('', '# nothing\n', 'training: {seed: 3}\n'):
             mine.write_text(text)
-            message = told(make_plan, 'baseline', 1, config='configs/mine.yaml')
+            message = error(make_plan, 'baseline', 1, config='configs/mine.yaml')
             assert 'configs/mine.yaml names no pipeline: write the line `pipeline: baseline`' in message
         mine.write_text('pipeline: ntp\ndataset:\n  train:\n')
-        assert 'line 3: dataset.train = ' in told(make_plan, 'ntp', 1, config='configs/mine.yaml')
+        assert 'line 3: dataset.train = ' in error(make_plan, 'ntp', 1, config='configs/mine.yaml')
         mine.write_text(to_yaml(apply_overrides({}, ['pipeline=ntp']))) # a config as a record keeps it
         make_plan('ntp', 1, config='configs/mine.yaml')
         mine.write_text('pipeline: critic\n')
-        assert 'is a config for pipeline critic, not ntp' in told(make_plan, 'ntp', 1, config='configs/mine.yaml')
+        assert 'is a config for pipeline critic, not ntp' in error(make_plan, 'ntp', 1, config='configs/mine.yaml')
         mine.write_text('training: {seed: 3}\n')
-        assert 'for pipeline rho1' in told(make_plan, 'ntp', 1, config='configs/mine.yaml', overrides=['pipeline=rho1'])
+        message = error(make_plan, 'ntp', 1, config='configs/mine.yaml', overrides=['pipeline=rho1'])
+        assert 'for pipeline rho1' in message
     finally: mine.unlink()
     for target in ('local', 'vessl'):
         for key in ('train', 'validation'):
             for value in ('', '  '):
-                message = told(make_plan, 'baseline', 1, target=target, overrides=[f'dataset.{key}={value}'])
+                message = error(make_plan, 'baseline', 1, target=target, overrides=[f'dataset.{key}={value}'])
                 assert f'dataset.{key} = ' in message and '(it is empty)' in message
 
 def test_a_plan_warns_before_a_finished_run_is_replaced(here):
@@ -722,12 +729,12 @@ def test_settings_never_show_a_line_nor_hold_a_secret(here):
                        ('hf_geheim9999\n' + good, 'line 1: expected [DEFAULT]'),
                        (good.replace('[DEFAULT]', ''), 'expected [DEFAULT]'),
                        (good + 'cluster = x\n', f'line {last}: cluster is there twice')):
-        message = told(site, text)
+        message = error(site, text)
         assert says in message and 'geheim' not in message and 's.ini' in message and 'Path(' not in message, message
     for field, value in (('image', 'hf_geheim1234'), ('git_url', 'https://h/x/hf_geheim1234'),
                          ('git_ref', 'geheim5678'),
                          ('project', 'a hf_geheim1234')):
-        message = told(site, with_field(good, field, value))
+        message = error(site, with_field(good, field, value))
         assert f'{field} ' in message and 'geheim' not in message, message
     for bom in ('\ufeff', '\ufeff\n', ): assert site(bom + good) == site(good) == site(bom + good.replace('\n', '\r\n'))
     for field, value in (('workdir', '/'), ('workdir', '/root/x/'), ('workdir', '/root/../x'),
@@ -736,7 +743,7 @@ def test_settings_never_show_a_line_nor_hold_a_secret(here):
                          ('git_url', 'notaurl'),
                          ('git_url', 'https://host'), ('git_ref', '--upload-pack=x'),
                          ('cluster', '-x')):
-        message = told(site, with_field(good, field, value))
+        message = error(site, with_field(good, field, value))
         assert f's.ini: {field} = ' in message and 'geheim' not in message, message
     for field, value in (('git_url', 'git@host:me/x.git'), ('git_url', 'ssh://git@host/me/x'),
                          ('git_url', 'file:///a/b'), ('volume_root', 'volume://a/b'), ('workdir', '/x'),
@@ -750,11 +757,11 @@ def test_no_advice_replaces_an_env_that_is_there(tmp_path):
                        (full.replace('HF_TOKEN', 'hf_token'), '(it has hf_token: rename it)'),
                        (full.replace('HF_TOKEN', 'Aws_Region_'), 'no value for HF_TOKEN. Fill')):
         (tmp_path/'.env').write_text(text)
-        message = told(load_env, tmp_path/'.env', required=True)
+        message = error(load_env, tmp_path/'.env', required=True)
         assert says in message and 'cp ' not in message and '?.' not in message, message
-    assert 'cp .env.example .env' in told(load_env, tmp_path/'none', required=True)
+    assert 'cp .env.example .env' in error(load_env, tmp_path/'none', required=True)
     (tmp_path/'folder').mkdir()
-    assert 'is not a file' in told(load_env, tmp_path/'folder', required=True)
+    assert 'is not a file' in error(load_env, tmp_path/'folder', required=True)
 
 def test_damaged_records_and_odd_workflows(here):
     from weighted_mtp.launch import Run, launch, relaunch, workflow
@@ -765,8 +772,8 @@ def test_damaged_records_and_odd_workflows(here):
     for held in (*worse, {}, record | dict(target='moon'), record | dict(request=[1]), record | dict(status=5)):
         (run.folder/'record.json').write_text(json.dumps(held))
         for act in (load_record, relaunch, lambda f: Run(f).status(), lambda f: Run(f).wait(), lambda f: Run(f).stop()):
-            assert 'record.json has no usable ' in told(act, run.folder), held
+            assert 'record.json has no usable ' in error(act, run.folder), held
         assert list_records().set_index('name').status['sound'] == 'unreadable'
-    for bad in ('', ' ', None, 5, ['a']): assert 'give its name' in told(Run, bad)
-    for bad in (None, 5, 'critic', dict(pipeline='critic', ngpus=1)): assert 'list of requests' in told(workflow, bad)
+    for bad in ('', ' ', None, 5, ['a']): assert 'give its name' in error(Run, bad)
+    for bad in (None, 5, 'critic', dict(pipeline='critic', ngpus=1)): assert 'list of requests' in error(workflow, bad)
     assert workflow([]) == []

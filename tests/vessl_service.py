@@ -1,7 +1,8 @@
-"""A stand-in for the VESSL service on loopback: what the real `vessl` client asks of it in a launch, with faults on demand.
+"""A stand-in for the VESSL service on loopback: what the real `vessl` client asks of it, with faults on demand.
 
-It keeps runs in memory. A run goes pending -> initializing -> running -> completed by the clock (`pace` seconds a step), or fails
-where its command holds the word `fail-on-cluster`, and prints a line every `pace`/4 while it runs. Endpoints and fields: shared/reference/vessl-contract.md.
+It keeps runs in memory. A run goes pending -> initializing -> running -> completed by the clock (`pace` seconds a
+step), or fails where its command holds the word `fail-on-cluster`, and prints a line every `pace`/4 while it runs.
+Endpoints and fields: shared/reference/vessl-contract.md.
 """
 import json, re, threading, time
 from datetime import datetime, timezone
@@ -13,18 +14,21 @@ import yaml
 ORG, PROJECT = 'weighted-mtp', 'weighted-mtp'
 CLUSTER = 'vessl-kr-a100-80g-sxm'
 PRESETS = {'gpu-a100-80g-small': 1, 'gpu-a100-80g-medium': 2, 'gpu-a100-80g-large': 4}
-SECRETS = ['MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'HF_TOKEN']
+SECRETS = ['MLFLOW_TRACKING_USERNAME', 'MLFLOW_TRACKING_PASSWORD', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY',
+           'HF_TOKEN']
 VOLUMES = ('models', 'datasets', 'checkpoints', 'mlruns')
 TOKEN = 'stand-in-access-token-1234'
-FAULTS = ('401', '429', '500', '503', 'hang', 'reset', 'lost', 'late', 'empty', 'html') # `lost`: carried out, no answer; `late`: carried out some time after the connection broke
-RUN_KEYS = {'name', 'description', 'tags', 'resources', 'image', 'import', 'mount', 'export', 'run', 'env', 'ports', 'interactive', 'service_account_name', 'termination_protection'}
+# `lost`: carried out, no answer; `late`: carried out some time after the connection broke
+FAULTS = ('401', '429', '500', '503', 'hang', 'reset', 'lost', 'late', 'empty', 'html')
+RUN_KEYS = {'name', 'description', 'tags', 'resources', 'image', 'import', 'mount', 'export', 'run', 'env', 'ports',
+            'interactive', 'service_account_name', 'termination_protection'}
 
 
 class Service:
-    "Start with `Service()`; `.url` is the address, `.runs` what was created, `.requests` every (method, path, body) seen."
+    "`Service()` starts; `.url` is the address, `.runs` what was created, `.requests` every (method, path, body) seen."
     def __init__(self, pace=.4, hang=60., secrets=SECRETS, fault=lambda method, path: None):
         self.pace, self.hang, self.secrets, self.fault = pace, hang, list(secrets), fault
-        self.bucket = None # where its volumes lie: the fields of a federation, endpoint and keys of an S3 server
+        self.bucket = None # of its volumes: the fields of a federation, endpoint and keys of an S3 server
         self.runs, self.requests, self.headers, self.lock, self.delay = {}, [], [], threading.Lock(), 1.
         handler = type('Handler', (_Handler,), {'service': self})
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
@@ -54,17 +58,22 @@ class Service:
 
     def logs(self, run):
         "What a run has printed so far: two lines share each time stamp, one of them says the same every time."
-        start, out, end = run['created'] + 2*self.pace, [], min(time.time(), run['created'] + (2 + run.get('length', 3))*self.pace, run['stop'] or 9e18)
-        n = int(max(0, end - start)/(self.pace/4))
-        for i in range(n): out += [dict(timestamp=start + i*self.pace/4, message=f'step {i} of {run["spec"]["name"]}'), dict(timestamp=start + i*self.pace/4, message='same line')]
+        start, out = run['created'] + 2*self.pace, []
+        end = min(time.time(), start + run.get('length', 3)*self.pace, run['stop'] or 9e18)
+        for i in range(int(max(0, end - start)/(self.pace/4))):
+            for message in (f'step {i} of {run["spec"]["name"]}', 'same line'):
+                out.append(dict(timestamp=start + i*self.pace/4, message=message))
         if self.status(run) == 'completed': out.append(dict(timestamp=end, message='100%|###|\\rsaved ✓ done'))
         return out
 
     def view(self, run):
-        spec = run['spec']
-        return dict(id=run['id'], status=self.status(run), status_reason='the command failed' if self.status(run) == 'failed' else '', message=spec.get('description', ''),
-                    create_dt=datetime.fromtimestamp(run['created'], timezone.utc).isoformat(), tags=[dict(id=i, name=t) for i, t in enumerate(spec.get('tags') or [])],
-                    run_spec=dict(title=spec['name'], description=spec.get('description', ''), type='batch', cluster=dict(name=spec['resources']['cluster'])))
+        "A run as the service describes it."
+        spec, status = run['spec'], self.status(run)
+        description, cluster = spec.get('description', ''), dict(name=spec['resources']['cluster'])
+        return dict(id=run['id'], status=status, status_reason='the command failed' if status == 'failed' else '',
+                    message=description, create_dt=datetime.fromtimestamp(run['created'], timezone.utc).isoformat(),
+                    tags=[dict(id=i, name=t) for i, t in enumerate(spec.get('tags') or [])],
+                    run_spec=dict(title=spec['name'], description=description, type='batch', cluster=cluster))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,7 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == 'reset': return self._break()
         if fault == 'empty': return self._send({})
         if fault == 'html': return self._send(None, text='<html>gateway</html>')
-        if fault == 'late': threading.Timer(s.delay, lambda: self._route(method, url, body)).start(); return self._break()
+        if fault == 'late':
+            threading.Timer(s.delay, lambda: self._route(method, url, body)).start()
+            return self._break()
         status, data = self._route(method, url, body)
         if fault == 'lost': return self._break()
         self._send(data, status)
@@ -107,15 +118,18 @@ class _Handler(BaseHTTPRequestHandler):
         s, path, query = self.service, url.path, parse_qs(url.query)
         def error(status, code, message): return status, dict(code=code, message=message, fields=[])
         if self.headers.get('Authorization') != f'Token {TOKEN}': return error(401, 'Unauthorized', 'invalid token')
-        if path == '/api/v1/accounts/me': return 200, dict(username='someone', email='someone@example.org', display_name='Someone')
+        if path == '/api/v1/accounts/me':
+            return 200, dict(username='someone', email='someone@example.org', display_name='Someone')
         if path == '/api/v1/organizations': return 200, dict(organizations=[dict(name=ORG), dict(name='other')])
         m = re.match(r'/api/v1/organizations/([^/]+)(/.*)?$', path)
         if not m or m[1] not in (ORG, 'other'): return error(404, 'NotFound', 'no such organization')
         rest = m[2] or ''
         if rest == '': return 200, dict(name=m[1])
         if rest == '/projects': return 200, dict(results=[dict(name=PROJECT), dict(name='another')])
-        if rest == '/clusters': return 200, dict(clusters=[dict(id=7, name=CLUSTER, available_gpus=['NVIDIA-A100-SXM4-80GB'])])
-        if rest == '/clusters/7/resource_specs': return 200, dict(results=[dict(id=i, name=n, gpu_limit=g) for i, (n, g) in enumerate(PRESETS.items())])
+        if rest == '/clusters':
+            return 200, dict(clusters=[dict(id=7, name=CLUSTER, available_gpus=['NVIDIA-A100-SXM4-80GB'])])
+        if rest == '/clusters/7/resource_specs':
+            return 200, dict(results=[dict(id=i, name=n, gpu_limit=g) for i, (n, g) in enumerate(PRESETS.items())])
         if rest == '/secrets': return 200, dict(secrets=[dict(credentials_name=n) for n in s.secrets])
         v = re.match(r'/storages/vessl-storage/volumes/(\w+)/federate$', rest)
         if v and v[1] in VOLUMES and s.bucket: return 200, dict(s.bucket, type='s3', path=v[1])
@@ -123,18 +137,23 @@ class _Handler(BaseHTTPRequestHandler):
         if not p: return error(404, 'NotFound', 'no such project')
         return self._project(method, p[1], query, body)
 
+    def _create(self, body):
+        def refuse(message): return 400, dict(code='BadRequest', message=message, fields=[])
+        text = json.loads(body)['yaml_spec']
+        try: spec = yaml.safe_load(text)
+        except Exception as e: return refuse(f'yaml: {e}')
+        unknown, mounts = set(spec) - RUN_KEYS, (spec.get('mount') or {}).values()
+        if unknown or not {'image', 'resources', 'run'} <= set(spec): return refuse(f'invalid spec: {sorted(unknown)}')
+        if any(str(v).startswith('volume://vessl-storage') for v in mounts): return refuse('mount')
+        return 200, dict(run_execution=dict(id=self.service.create(text)))
+
     def _project(self, method, path, query, body):
         s = self.service
-        if path == '/run/spec/create_from_yaml' and method == 'POST':
-            try: spec = yaml.safe_load(json.loads(body)['yaml_spec'])
-            except Exception as e: return 400, dict(code='BadRequest', message=f'yaml: {e}', fields=[])
-            unknown = set(spec) - RUN_KEYS
-            if unknown or not {'image', 'resources', 'run'} <= set(spec): return 400, dict(code='BadRequest', message=f'invalid spec: {sorted(unknown)}', fields=[])
-            if any(str(v).startswith('volume://vessl-storage') for v in (spec.get('mount') or {}).values()): return 400, dict(code='BadRequest', message='mount', fields=[])
-            return 200, dict(run_execution=dict(id=s.create(json.loads(body)['yaml_spec'])))
+        if path == '/run/spec/create_from_yaml' and method == 'POST': return self._create(body)
         if path == '/run_executions':
             with s.lock: runs = sorted(s.runs.values(), key=lambda r: -r['id'])
-            return 200, dict(results=[s.view(r) for r in runs][int(query.get('offset', ['0'])[0]):][:int(query.get('limit', ['50'])[0])])
+            offset, limit = int(query.get('offset', ['0'])[0]), int(query.get('limit', ['50'])[0])
+            return 200, dict(results=[s.view(r) for r in runs][offset:offset + limit])
         m = re.match(r'/run_executions/(\d+)(/\w+)?$', path)
         run = m and s.runs.get(int(m[1]))
         if not run: return 404, dict(code='NotFound', message='no such run', fields=[])

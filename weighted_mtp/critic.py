@@ -15,13 +15,14 @@ from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
 from transformers import set_seed
 
-from .config import UserError, apply_overrides, plain, write_text
+from .config import apply_overrides, plain
 from .data import KINDS, collate_pairs, encode_solutions, read_solutions, tokenizer_facts
+from .files import UserError, write_text
 from .losses import pairwise_loss, value_loss
 from .models import build_value_model
 from .report import critic_picture, write_page
+from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .sampling import load_pairs
-from .training import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .weighting import lambda_returns, lambda_schedule, td_errors
 
 # %% ../nbs/training/08_critic.ipynb #9af80d12

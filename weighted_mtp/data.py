@@ -10,15 +10,15 @@ __all__ = ['FIELDS', 'DATA_HINT', 'SPECIAL', 'KINDS', 'check_solution', 'read_li
 # %% ../nbs/data/02_data.ipynb #4295dc60
 import hashlib, json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from .config import UserError
+from .files import UserError
 from .jsonl import CHUNK, read_jsonl
 
 # %% ../nbs/data/02_data.ipynb #eb1c4f12
-FIELDS = {'instruction': str, 'input': str, 'output': str, 'problem_id': (str, int), 'is_correct': bool, 'difficulty': int, 'source': str}
+FIELDS = {'instruction': str, 'input': str, 'output': str, 'problem_id': (str, int), 'is_correct': bool,
+          'difficulty': int, 'source': str}
 _LARGEST = 2**15 - 1 # difficulty that an index holds (int16)
 
 # Types as JSON gives them, exactly: True is no int here
@@ -27,7 +27,7 @@ _TYPES = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in F
 def _wrong(row): # what is wrong with a solution, or None
     for name, kind in _TYPES.items():
         if name not in row: return f"field '{name}' is missing. A solution has {', '.join(FIELDS)}."
-        if type(row[name]) not in kind: return f"field '{name}' is {row[name]!r:.60}, not {_words(name)}."
+        if type(row[name]) not in kind: return f"field '{name}' is {row[name]!r:.60}, not {_type_name(name)}."
     if not 0 <= row['difficulty'] <= _LARGEST:
         return f"field 'difficulty' is {row['difficulty']:.9g}: it goes from 1 to 25, 0 where it is unknown."
     kind, span, twin = row.get('kind'), row.get('mutation'), row.get('twin')
@@ -37,11 +37,15 @@ def _wrong(row): # what is wrong with a solution, or None
     if span is not None and not _is_span(span):
         return f"field 'mutation' is {span!r:.60}, not [start, end] in characters."
 
-def _words(name): return getattr(FIELDS[name], '__name__', 'text or a number')
+def _type_name(name): return getattr(FIELDS[name], '__name__', 'text or a number')
 
 def _is_span(x): return type(x) is list and [type(n) for n in x] == [int, int] and 0 <= x[0] <= x[1]
 
-def check_solution(row, where):
+def check_solution(
+    row, # As JSON gives it
+    where:str, # File and line, for the message
+)->dict: # The row
+    "Raise `UserError` for what is not a solution."
     if not isinstance(row, dict): raise UserError(f"{where}: not a JSON object.")
     if wrong := _wrong(row): raise UserError(f"{where}: {wrong}")
     return row
@@ -51,7 +55,7 @@ DATA_HINT = 'Check dataset.train and dataset.validation.'
 
 def read_lines(
     path, # JSONL file, also compressed with gzip
-    progress=None, # Told how many bytes each chunk had
+    progress=None, # Called with the number of bytes of each chunk
 ):
     "Yield lists of checked solutions, `CHUNK` at a time. Raises `UserError` naming file, line and field."
     rows = []
@@ -64,7 +68,7 @@ def read_lines(
 def read_solutions(
     path, # JSONL file, also compressed with gzip
 )->list[dict]: # One dict a line, in file order, blank lines left out
-    "Read and check a small file of solutions whole."
+    "Read and check all of a small file of solutions."
     return [row for rows in read_lines(path) for row in rows]
 
 # %% ../nbs/data/02_data.ipynb #20cde431
@@ -111,11 +115,12 @@ def encode_prompts(
 def encode_responses(
     rows, # Dicts with `output` and, perhaps, `mutation`
     tokenizer,
-): # (list of ids with EOS, list of first and last mutated token or None)
+): # Lists of ids with EOS; of each, first and last mutated token or None
     "Tokenise responses."
     marked = any(r.get('mutation') for r in rows)
     enc = tokenizer([r['output'] for r in rows], add_special_tokens=False, return_offsets_mapping=marked)
-    spans = [_token_span(o, r['mutation']) if r.get('mutation') else None for r, o in zip(rows, enc['offset_mapping'])] if marked else [None]*len(rows)
+    offsets = enc['offset_mapping'] if marked else [None]*len(rows)
+    spans = [_token_span(o, r['mutation']) if r.get('mutation') else None for r, o in zip(rows, offsets)]
     return [ids + [tokenizer.eos_token_id] for ids in enc['input_ids']], spans
 
 def join(
@@ -131,10 +136,19 @@ def join(
     if span: span = None if span[0]+n >= max_length else (span[0]+n, min(span[1]+n, max_length-1))
     return Sample((prompt + response)[:max_length], n, **facts, mutation=span)
 
-def facts_of(row): # what a sample keeps of a solution
-    return dict(problem_id=str(row['problem_id']), is_correct=row['is_correct'], difficulty=row['difficulty'], kind=row.get('kind') or '')
+def facts_of(
+    row:dict, # A solution
+)->dict: # problem_id, is_correct, difficulty, kind
+    "What a sample keeps of a solution."
+    return dict(problem_id=str(row['problem_id']), is_correct=row['is_correct'], difficulty=row['difficulty'],
+                kind=row.get('kind') or '')
 
-def prompt_of(row, blind=False): return format_prompt('') if blind else format_prompt(row['instruction'], row['input'])
+def prompt_of(
+    row:dict, # A solution
+    blind=False, # Leave instruction and input out
+)->str:
+    "The prompt before a solution."
+    return format_prompt('') if blind else format_prompt(row['instruction'], row['input'])
 
 def encode_solutions(
     rows, # A few solutions; a file of them is for [corpus](03_corpus.ipynb)
@@ -144,7 +158,8 @@ def encode_solutions(
 )->list[Sample|None]: # One a row; None where the prompt leaves no room for a response
     "Tokenise prompts and responses apart and join them."
     prompts = encode_prompts([prompt_of(r, blind) for r in rows], tokenizer)
-    return [join(p, ids, max_length, span, **facts_of(r)) for r, p, ids, span in zip(rows, prompts, *encode_responses(rows, tokenizer))]
+    responses, spans = encode_responses(rows, tokenizer)
+    return [join(p, ids, max_length, span, **facts_of(r)) for r, p, ids, span in zip(rows, prompts, responses, spans)]
 
 # %% ../nbs/data/02_data.ipynb #0515c015
 SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
@@ -168,7 +183,8 @@ def stored_tokenizer(
     "The tokenizer that a checkpoint keeps."
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(facts['json']), **{k: v for k, v in facts.items() if k != 'json'})
+    special = {k: v for k, v in facts.items() if k != 'json'}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(facts['json']), **special)
 
 # %% ../nbs/data/02_data.ipynb #c78c1f21
 KINDS = ('', 'correct', 'mutant', 'sibling') # position = code in a batch
@@ -185,14 +201,17 @@ def collate_solutions(
     for i, s in enumerate(rows):
         n, row = len(s.ids), torch.tensor(s.ids)
         ids[i, :n], mask[i, :n], labels[i, s.n_prompt:n] = row, 1, row[s.n_prompt:]
-    return dict(input_ids=ids, attention_mask=mask, labels=labels, problem_id=[s.problem_id for s in rows if s.problem_id])
+    problems = [s.problem_id for s in rows if s.problem_id]
+    return dict(input_ids=ids, attention_mask=mask, labels=labels, problem_id=problems)
 
 def collate_pairs(
     pairs, # Items of a `PairDataset`
     pad_id:int, # Padding token
-)->dict: # As `collate_solutions`, of 2B rows; and kind, mutation_start, mutation_end (B,): of the wrong one, -1 where unknown
-    "Pad B pairs to a batch of 2B rows."
+)->dict: # As `collate_solutions`, of 2B rows; and kind, mutation_start, mutation_end (B,) of the wrong ones
+    "Pad B pairs to a batch of 2B rows. A mutation that is not known is -1."
     good, bad = zip(*(p or (None, None) for p in pairs))
     spans = [s and s.mutation or (-1, -1) for s in bad]
-    return dict(**collate_solutions(good + bad, pad_id), kind=torch.tensor([KINDS.index(s.kind) if s and s.kind in KINDS else 0 for s in bad]),
-                mutation_start=torch.tensor([a for a, _ in spans]), mutation_end=torch.tensor([b for _, b in spans]))
+    kinds = [KINDS.index(s.kind) if s and s.kind in KINDS else 0 for s in bad]
+    start, end = torch.tensor(spans).T.contiguous()
+    batch = collate_solutions(good + bad, pad_id)
+    return dict(**batch, kind=torch.tensor(kinds), mutation_start=start, mutation_end=end)

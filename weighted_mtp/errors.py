@@ -9,7 +9,7 @@ __all__ = ['MOST', 'error_of', 'first_failure', 'error_summary', 'percent', 'err
 import re
 from collections import Counter
 
-from .config import UserError
+from .files import UserError
 from .sandbox import check_packages
 
 # %% ../nbs/evaluation/08_errors.ipynb #ebce8abe

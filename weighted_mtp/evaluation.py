@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 
 from .answer_text import parses
 from .answers import answer_of, extract_code, find_code, whole_program # also for those who import them here
-from .config import UserError, nearest, project_root, read_json, write_text
 from .data import format_prompt, read_solutions, stored_tokenizer, vocabulary_id
 from .errors import error_metrics, error_summary, errors_in_words
+from .files import UserError, nearest, project_root, read_json, write_text
 from .generation import NoRoom, generate
 from .jsonl import check_file, read_jsonl
 from .models import load_backbone, load_policy, read_checkpoint
+from .runs import is_main, print_metrics, record_dir, tracked_run
 from .sandbox import Result, check_packages, run_tests_batch, protections
-from .training import is_main, print_metrics, record_dir, tracked_run
 
 # %% ../nbs/evaluation/09_evaluation.ipynb #40651612
 def pass_at_k(

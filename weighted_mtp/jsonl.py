@@ -10,7 +10,7 @@ import gzip, io, json, re, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import UserError
+from .files import UserError
 
 # %% ../nbs/data/01_jsonl.ipynb #724b15fd
 def check_file(
@@ -30,7 +30,7 @@ def check_file(
     except OSError as e: raise UserError(f"Data file {path} cannot be opened ({e.strerror}).{hint}") from None
     raise UserError(f"Data file {path} not found.{near}{hint}")
 
-def _files_in(folder): # the data files in a folder, in words
+def _files_in(folder): # a sentence that names some data files of a folder
     names = sorted(f.name for f in folder.glob('*.jsonl*') if f.is_file())[:5]
     return f" Give one of its files: {', '.join(names)}." if names else ''
 
@@ -44,10 +44,11 @@ _OTHER = {b'PK\x03\x04': 'a zip archive: unpack it', b'PAR1': 'a Parquet file: w
     b'version https://git-lfs': 'a pointer of Git LFS, not the data itself: fetch it with `git lfs pull`',
     b'<': 'HTML or XML: a page that says why it could not be downloaded? Look into it'}
 
-def _foreign(head): # what a file is that is no JSONL, and what to do; None
+def _other_format(head): # what a file is that is not JSONL, and what to do; or None
     if head[257:262] == b'ustar': return 'a tar archive: unpack it'
     text = head.removeprefix(_BOM).lstrip()
-    if words := next((words for start, words in _OTHER.items() if text.startswith(start)), None): return words
+    known = next((advice for start, advice in _OTHER.items() if text.startswith(start)), None)
+    if known: return known
     if head[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in head[:4]:
         return 'UTF-16 or UTF-32: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE > NEW)'
     return "an array, not lines: write one object a line (jq -c '.[]' FILE > NEW)" if text[:1] == b'[' else None
@@ -65,7 +66,7 @@ def _opened(path): # lines as bytes; the file below them, whose position says ho
             raise UserError(f"{path} is not gzip, though its name ends in .gz. Rename it, or compress it with gzip.")
         lines = io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 17) if zipped else raw
         head = lines.read(512)
-        if found := _foreign(head): raise UserError(f"{path}, line {_first_line(head)}: this is {found}.")
+        if found := _other_format(head): raise UserError(f"{path}, line {_first_line(head)}: this is {found}.")
         lines.seek(len(_BOM) if head.startswith(_BOM) else 0)
         yield lines, raw
 
@@ -84,7 +85,7 @@ def _constant(name): raise _Refused(f"{name} is not a number in JSON: write null
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _scan = _DECODER.scan_once # (text, start) -> (value, its end)
 
-def _why(line, e, after): # what is wrong with a line, and what to do; `after`: the next one that is not blank
+def _why(line, e, after): # what is wrong with a line, and what to do; `after`: the next line that is not blank
     if isinstance(e, UnicodeDecodeError):
         return (f"byte {line[e.start]:#x} in column {e.start + 1} is not UTF-8. "
                 "Convert the file: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW")
@@ -112,10 +113,10 @@ def read_jsonl(
     path, # JSONL, also compressed with gzip
     progress=None, # Called now and then with the number of bytes read since the last time
     hint:str='', # What to look at when there is no such file
-    surrogates:bool=False, # Let halves of surrogate pairs in
+    surrogates:bool=False, # Accept halves of surrogate pairs
 ):
     "Yield line numbers and objects, blank lines left out. Raises `UserError` that names file and line."
-    path, told, found = check_file(path, hint), 0, False
+    path, reported, found = check_file(path, hint), 0, False
     try:
         with _opened(path) as (lines, raw):
             for i, line in enumerate(lines, 1):
@@ -126,10 +127,10 @@ def read_jsonl(
                 if type(row) is not dict or text[end:].strip(): row = _parsed(path, i, line, lines)
                 if not surrogates and b'\\u' in line and _SURROGATE.search(line): _check_text(path, i, row)
                 yield i, row
-                if progress and not i % CHUNK: progress(raw.tell() - told); told = raw.tell()
+                if progress and not i % CHUNK: progress(raw.tell() - reported); reported = raw.tell()
     except (EOFError, zlib.error, OSError) as e: raise UserError(_unreadable(path, e)) from None
     if not found: raise UserError(f"Data file {path} is empty: it holds no line with an object.")
-    if progress: progress(path.stat().st_size - told)
+    if progress: progress(path.stat().st_size - reported)
 
 def _unreadable(path, e):
     why = 'it is cut off' if isinstance(e, EOFError) else getattr(e, 'strerror', None) or str(e)

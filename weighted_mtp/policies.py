@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import AutoTokenizer
 
-from .config import UserError, plain, write_text
+from .config import plain
 from .data import collate_solutions, tokenizer_facts, vocabulary_id
+from .files import UserError, write_text
 from .losses import mtp_counts
 from .models import build_policy, load_backbone, load_policy, load_value_model, read_checkpoint
 from .report import choice_picture, weights_picture, write_page
+from .runs import finish, fit, is_main, load_parts, print_metrics, record_dir, tracked_run
 from .sampling import load_solutions
-from .training import finish, fit, is_main, load_parts, print_metrics, record_dir, tracked_run
-from .weighting import RunningMoments, advantage_weights, by_source, gae_advantages, select_tokens, selected_count
+from .weighting import (RunningMoments, advantage_weights, by_source, gae_advantages, select_tokens,
+                                    selected_count)
 
 # %% ../nbs/training/09_policies.ipynb #df8dde0a
 class PolicyObjective:

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 from fastcore.script import call_parse
 
-from .config import UserError, load_env, project_root
+from .env_secrets import load_env
+from .files import UserError, project_root
 
 # %% ../nbs/training/10_remote.ipynb #2e9e88f4
 def _say(text):

@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import AsinhNorm, TwoSlopeNorm, to_hex
 
-from .config import UserError, project_root, read_json
 from .errors import package_hints, percent
+from .files import UserError, project_root, read_json
 
 # %% ../nbs/evaluation/10_report.ipynb #8708c252
 def token_html(
@@ -225,7 +225,7 @@ def settings(
     "The config's values that are not the schema's defaults."
     import pandas as pd
     from omegaconf import OmegaConf
-    from weighted_mtp.config import Config
+    from weighted_mtp.schema import Config
     default = dict(_flat(OmegaConf.to_container(OmegaConf.structured(Config), resolve=True)))
     rows = {k: (v, default.get(k)) for k, v in _flat(run.config) if v != default.get(k) and k != 'pipeline'}
     return pd.DataFrame.from_dict({k: (str(v), str(d)) for k, (v, d) in rows.items()}, orient='index', columns=['value', 'default'])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .config import UserError, nearest
+from .files import UserError, nearest
 
 # %% ../nbs/evaluation/01_sandbox.ipynb #90a7e3b5
 def _top_level(dist): # a distribution's files and folders in site-packages

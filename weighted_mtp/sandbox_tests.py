@@ -107,7 +107,7 @@ class ProgramProcess:
         if left <= 0: raise self._timed_out()
         waited = [self.channel, *self.files, *([self.socket] if self.socket else [])]
         ready, _, _ = select.select(waited, [], [], left)
-        for i, fd in enumerate(list(self.files)):
+        for fd in list(self.files):
             if fd in ready: self._take(fd)
         if self.socket in ready: self._receive()
         if self.channel in ready:

@@ -14,7 +14,7 @@ if __name__ == '__main__' and '__file__' in globals(): # started by its path
     sys.modules[__package__].__path__ = [__file__.rpartition('/')[0]]
 
 # %% ../nbs/evaluation/02_sandbox_worker.ipynb #1c7ee5b3
-import gc, json, os, select, signal, socket, struct, time, traceback
+import gc, json, os, select, signal, socket, struct, traceback
 
 from .sandbox_isolation import (build_root, end_with_parent, enter_program_namespaces,
                                             enter_worker_namespaces, ignore_errors, is_reachable,

@@ -8,9 +8,10 @@ from weighted_mtp.corpus import open_corpus
 from weighted_mtp.data import format_prompt, read_solutions
 from weighted_mtp.evaluation import evaluate, load_benchmark
 from weighted_mtp.jsonl import read_jsonl
+from weighted_mtp.rows import read_rows
 from weighted_mtp.sampling import load_pairs, load_solutions
 from weighted_mtp.schema import Config
-from weighted_mtp.storage import read_rows, setup_data
+from weighted_mtp.storage import setup_data
 
 from test_storage import REPO
 
@@ -124,31 +125,34 @@ def refusal(read, f):
     with pytest.raises(UserError) as e: read(f)
     return str(e.value)
 
-def test_what_is_no_jsonl_is_refused(tmp_path, tokenizer):
-    """By every reader, in the same words, which name file and line."""
+def test_what_is_not_jsonl_is_refused(tmp_path, tokenizer):
+    """By every reader, with the same message, which names file and line."""
     import re
-    for name, spoil, line, said in REFUSED:
+    for name, spoil, line, expected in REFUSED:
         f = tmp_path/name
         f.write_bytes(spoil(lines([solution(i) for i in range(3)])))
-        words = refusal(read_solutions, f)
-        assert str(f) in words and re.search(said, words) and len(words) < 500, words
-        assert line is None or f'{f}, line {line}: ' in words, words
+        message = refusal(read_solutions, f)
+        assert str(f) in message and re.search(expected, message) and len(message) < 500, message
+        assert line is None or f'{f}, line {line}: ' in message, message
         for read in (lambda f: open_corpus(f, tokenizer), lambda f: load_benchmark(str(f))):
             again = refusal(read, f)
-            assert words == again or 'missing' in again, again # the first line is no problem of a benchmark
-        if f.suffix != '.json' and 'surrogate' not in name: assert refusal(lambda f: list(read_rows(f, {})), f) == words
+            assert message == again or 'missing' in again, again # the first line is no problem of a benchmark
         assert all(p.suffix == '.part' for p in tmp_path.glob('*.index/*-*')), name # nothing is taken for complete
+        if f.suffix == '.json' or 'surrogate' in name: continue # in a download these are read
+        assert refusal(lambda f: list(read_rows(f, {})), f) == message
 
 def test_bad_lines_of_a_benchmark(tmp_path):
     """The line is that of the file, blank lines counted."""
     f = tmp_path/'x.jsonl'
-    for changes, said in ((dict(tests=3), 'have to be of one of the kinds'), (dict(problem_id=7), 'have to be text'),
-                          (dict(problem_id='p0'), 'there before, in line 2'), (dict(input=['1']), 'have to be text'),
-                          (dict(tests=dict(kind='answer', answer=10**400)), 'is no number'),
-                          (dict(instruction='\udc00'), 'half a surrogate pair')):
+    for changes, expected in ((dict(tests=3), 'have to be of one of the kinds'),
+                              (dict(problem_id=7), 'have to be text'),
+                              (dict(problem_id='p0'), 'there before, in line 2'),
+                              (dict(input=['1']), 'have to be text'),
+                              (dict(tests=dict(kind='answer', answer=10**400)), 'is no number'),
+                              (dict(instruction='\udc00'), 'half a surrogate pair')):
         f.write_text(f'\n{json.dumps(problem(0))}\n\n{json.dumps(problem(1) | changes)}')
-        words = refusal(load_benchmark, str(f))
-        assert f'{f}, line 4: ' in words and said in words, words
+        message = refusal(load_benchmark, str(f))
+        assert f'{f}, line 4: ' in message and expected in message, message
     f.write_text(f'\n\n{json.dumps(dict(problem_id="p", tests={}))}')
     assert refusal(load_benchmark, str(f)) == f"{f}, line 3: field 'instruction' is missing."
 
@@ -161,14 +165,14 @@ def test_wrong_types_of_a_solution(tmp_path):
     for name, values in WRONG.items():
         for value in values:
             f.write_bytes(lines([solution(0), solution(1, **{name: value})], '\r\n\r\n'))
-            words = refusal(read_solutions, f)
-            assert words.startswith(f"{f}, line 3: field '{name}' is ") and len(words) < 300, words
+            message = refusal(read_solutions, f)
+            assert message.startswith(f"{f}, line 3: field '{name}' is ") and len(message) < 300, message
     for changes in (dict(problem_id=0), dict(kind=None, mutation=None, twin=None), dict(mutation=[0, 3], twin=0),
                     dict(difficulty=28)):
         f.write_bytes(lines([row := solution(1, **changes)]))
         assert read_solutions(f) == [row]
 
-def test_a_twin_that_is_not_there(tmp_path):
+def test_correct_counterpart_that_is_not_there(tmp_path):
     """No picture of a pair, rather than a run that fails after training."""
     from weighted_mtp.critic import picture_of_pair
     f = tmp_path/'x.jsonl'
@@ -180,13 +184,14 @@ def test_files_that_are_not_there(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'train.jsonl').write_bytes(lines([solution(0)])); (tmp_path/'folder.jsonl').mkdir()
     (tmp_path/'other.jsonl.gz').write_bytes(gzip.compress(lines([solution(0)])))
-    for name, said in (('train.jsonl.gz', 'not found. Did you mean train.jsonl?'), ('folder.jsonl', 'is a folder'),
-                       ('other.jsonl', 'not found. Did you mean other.jsonl.gz?'), ('no.jsonl', 'not found'),
-                       ('x'*300 + '.jsonl', 'File name too long'), ('train.jsonl/x.jsonl', 'not found')):
+    for name, expected in (('train.jsonl.gz', 'not found. Did you mean train.jsonl?'),
+                           ('folder.jsonl', 'is a folder'), ('no.jsonl', 'not found'),
+                           ('other.jsonl', 'not found. Did you mean other.jsonl.gz?'),
+                           ('x'*300 + '.jsonl', 'File name too long'), ('train.jsonl/x.jsonl', 'not found')):
         for read in (read_solutions, lambda f: open_corpus(f, tokenizer)):
-            words = refusal(read, name)
-            assert said in words and words.endswith('Check dataset.train and dataset.validation.'), words
-        assert said in refusal(load_benchmark, name)
+            message = refusal(read, name)
+            assert expected in message and message.endswith('Check dataset.train and dataset.validation.'), message
+        assert expected in refusal(load_benchmark, name)
     assert 'not found' in refusal(load_benchmark, 'no.json.gz') # a file, not a benchmark's name
     assert 'Give one of its files: other.jsonl.gz, train.jsonl' in refusal(read_solutions, '.')
     assert "Did you mean 'mbpp'? There are synthetic, " in refusal(load_benchmark, 'mbp')
@@ -265,14 +270,14 @@ def test_compressed_downloads(tmp_path):
             counts.append({split: s['problems'] for split, s in facts['splits'].items()})
         assert counts[0] == counts[1] and sum(counts[0].values()) == (3 if name == 'mbpp' else 31)
     (tmp_path/'mbpp-True/mbpp.jsonl.gz').write_bytes(gzip.compress(lines(mbpp))[:-9])
-    said = refusal(lambda f: setup_data('mbpp', tmp_path/'datasets', f), tmp_path/'mbpp-True')
-    assert 'A half-finished download?' in said
+    message = refusal(lambda f: setup_data('mbpp', tmp_path/'datasets', f), tmp_path/'mbpp-True')
+    assert 'A half-finished download?' in message
     (tmp_path/'mbpp-False/mbpp.jsonl').write_bytes(lines([mbpp[0], mbpp[1] | dict(code=7)], '\n\n'))
-    said = refusal(lambda f: setup_data('mbpp', tmp_path, f), tmp_path/'mbpp-False')
-    assert 'mbpp.jsonl, line 3: cannot be understood' in said
+    message = refusal(lambda f: setup_data('mbpp', tmp_path, f), tmp_path/'mbpp-False')
+    assert 'mbpp.jsonl, line 3: cannot be understood' in message
 
 def test_empty_paths_and_files_in_the_way(tmp_path, tokenizer, monkeypatch, capsys):
-    "What a shell makes of an unset variable, and a file where a folder is to be."
+    "An unset variable in a shell gives an empty path; and a file stands where a folder is to be made."
     from weighted_mtp.evaluation import wmtp_evaluate
     from weighted_mtp.storage import wmtp_setup
     for path in ('', ' '):
@@ -284,7 +289,7 @@ def test_empty_paths_and_files_in_the_way(tmp_path, tokenizer, monkeypatch, caps
     for what, value in (('temperature', float('nan')), ('temperature', float('inf')), ('top_p', 0), ('limit', 0)):
         with pytest.raises(UserError, match=f'{what} = .* is not possible: it has to be '):
             evaluate(None, tokenizer, [problem], **{what: value})
-    monkeypatch.setattr('weighted_mtp.storage._to_volume', lambda storage: pytest.fail('uploads'))
+    monkeypatch.setattr('weighted_mtp.upload._sender_to_volume', lambda storage: pytest.fail('uploads'))
     monkeypatch.setattr('weighted_mtp.storage.hub_files', lambda *a: pytest.fail('fetches'))
     for command, words, says in ((wmtp_setup, ['upload', ''], 'path is empty'),
                                  (wmtp_setup, ['upload', ' '], 'path is empty'),

@@ -57,7 +57,7 @@ def _model_problem(model, info, tokenizer): # what is wrong, or None
 def _forward(folder): # (what is wrong with a forward pass or None, a description)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    import weighted_mtp.models # registers ours
+    import weighted_mtp.models # noqa: F401 registers ours
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype='auto', output_loading_info=True)

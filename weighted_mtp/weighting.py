@@ -160,7 +160,7 @@ class RunningMoments:
         x, # (B, T) of this rank's share of an optimizer step
         mask, # (B, T) response tokens
     ):
-        """Take one optimizer step into account (SPEC section 4, "Running moments"). Collective: call on all ranks, also
+        """Take one optimizer step into account (first cell of 01_weighting: μ, σ). Collective: call on all ranks, also
         on one without tokens. No host sync."""
         mask = mask.bool()
         x = torch.where(mask, x.double(), 0.) # double: a sum over a million tokens
@@ -198,7 +198,7 @@ def select_tokens(
     policy_ce, # (B, T, n) losses of the policy's heads, source-indexed
     reference_ce, # (B, T, n) losses of the reference model for the same targets
     mask, # (B, T) response tokens
-    k_percent:float=0.6, # Share of the valid targets to keep, above 0 and at most 1
+    k_percent:float=0.6, # Share of the valid targets to keep, above 0, at most 1; the config's default is 0.7
     mode:str='signed', # signed: policy - reference | absolute: its size | difficult: reference
 ): # (B, T, n) float32: 1 selected, 0 not
     """Rho-1 token selection, exactly ceil(k N) of each head's N valid targets (Lin et al. 2024, arXiv 2404.07965,

@@ -49,6 +49,8 @@ class DataSampling:
     n_samples: int = setting(200_000, '[1, 1e9]') # Pairs (critic) or solutions drawn for an epoch
     n_validation: int = setting(500, '[1, 1e9]') # Validation pairs or solutions
     max_pairs_per_problem: int = setting(60, '[1, 1e9]') # At most so many pairs (critic) or solutions of one problem
+    # What a policy learns from: correct solutions, or all (wrong ones too, as a language model is pretrained)
+    solutions: str = setting('correct', choices=('correct', 'all'))
     length_balanced: bool = True # critic: pairs within one length bin, so that length does not give the answer away
     # Bins of difficulty, both ends inclusive; difficulty 0 (unknown) is left out
     difficulty_bins: list[list[int]] = setting([[1, 7], [8, 15], [16, 25]], '[0, 32767]')
@@ -69,7 +71,8 @@ class Lora:
 @dataclass
 class Model:
     "The backbone, its heads, and what of it is trained."
-    # Folder or hub name of a Hugging Face decoder; `micro`: the embedded one, made from the seed
+    # Folder or hub name of a Hugging Face decoder, or of a policy of this package; `micro-base`: the embedded one,
+    # pretrained, with four heads; `micro`: a small one with weights from the seed
     backbone: str = 'micro'
     tokenizer: str|None = None # Folder or hub name (null: the backbone's; embedded default: the data set's)
     n_future_tokens: int = setting(4, '[1, 1024]') # Heads of a policy: how many tokens ahead it predicts

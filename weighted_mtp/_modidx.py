@@ -1941,6 +1941,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'weighted_mtp.scores._speed': ('evaluation/scores.html#_speed', 'weighted_mtp/scores.py'),
                                      'weighted_mtp.scores.interval': ('evaluation/scores.html#interval', 'weighted_mtp/scores.py'),
                                      'weighted_mtp.scores.metrics_of': ('evaluation/scores.html#metrics_of', 'weighted_mtp/scores.py'),
+                                     'weighted_mtp.scores.paired_interval': ( 'evaluation/scores.html#paired_interval',
+                                                                              'weighted_mtp/scores.py'),
                                      'weighted_mtp.scores.pass_at_k': ('evaluation/scores.html#pass_at_k', 'weighted_mtp/scores.py'),
                                      'weighted_mtp.scores.summary': ('evaluation/scores.html#summary', 'weighted_mtp/scores.py'),
                                      'weighted_mtp.scores.summary_text': ('evaluation/scores.html#summary_text', 'weighted_mtp/scores.py')},

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Generation', 'to_generation', 'NoRoom', 'check_number', 'check_settings', 'check_prompts', 'draw', 'row_numbers',
-           'writes_in_batches', 'OpenRows', 'complete_rows', 'complete_batch', 'generation_settings', 'generate']
+           'writes_in_batches', 'OpenRows', 'complete_rows', 'complete_batch', 'makes_drafts', 'generation_settings',
+           'generate']
 
 # %% ../nbs/models/11_generation.ipynb #f334f9ea
 import math
@@ -208,14 +209,19 @@ def complete_batch(
     passes = model.last_drafts.passes if 'use_mtp' in settings else y.shape[1] - T
     return [to_generation(row[T:].tolist(), tokenizer, stop, passes) for row in y]
 
+def makes_drafts(
+    model,
+)->bool:
+    "Whether a model has heads that draft."
+    return isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1 and model.can_draft
+
 def generation_settings(model, tokenizer, temperature, top_p, stop, self_speculative):
     "Keywords of the model's own `generate`."
     special = [t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None]
     settings = dict(do_sample=temperature > 0, eos_token_id=tokenizer.eos_token_id, pad_token_id=[*special, 0][0])
     if temperature > 0: settings |= dict(temperature=temperature, top_p=top_p, top_k=0)
     if stop: settings['stopping_criteria'] = StoppingCriteriaList([StopStringCriteria(tokenizer, list(stop))])
-    has_drafts = isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1 and model.can_draft
-    return settings | dict(use_mtp=True) if self_speculative and has_drafts else settings
+    return settings | dict(use_mtp=True) if self_speculative and makes_drafts(model) else settings
 
 def generate(
     model, # A policy (`MTPForCausalLM`), or any causal language model of transformers

@@ -85,7 +85,8 @@ def run_evaluation(
             found = evaluate(
                 model, tokenizer, problems[name], list(e.ks), e.samples, e.temperature, e.top_p, e.max_new_tokens,
                 limit=e.limit, folder=config.checkpoint.save_dir, of=of, seed=config.training.seed, name=name,
-                self_speculative=e.self_speculative, progress=_progress_writer(name), packages=list(e.packages))
+                self_speculative=e.self_speculative, batch_size=e.batch_size, progress=_progress_writer(name),
+                packages=list(e.packages))
             print(summary_text(found), flush=True)
             result['evaluations'][found['benchmark']] = found
             result['metrics'] |= metrics_of(found)
@@ -139,7 +140,9 @@ def _parser():
     add('--packages', default='', metavar='NAMES',
         help='packages that programs may import, such as numpy,pandas (default: none)')
     add('--plain', action='store_true',
-        help='one token a pass: do not draft with the heads of a multi-token policy')
+        help='one token a pass, in batches: do not draft with the heads of a multi-token policy')
+    add('--batch-size', type=int, default=64, metavar='N',
+        help='answers at a time where nothing is drafted (default: 64)')
     add('--folder', metavar='FOLDER',
         help='where samples and results are kept (default: `evaluation` beside the checkpoint)')
     add('--storage', metavar='FOLDER', help="default: the project's storage")
@@ -166,7 +169,8 @@ def _run_command(a): # number of benchmarks whose references fail; 0 for a check
     for n in names:
         found = evaluate(
             model, tokenizer, problems[n], ks, a.samples, a.temperature, a.top_p, a.max_new_tokens, limit=a.limit,
-            folder=folder, of=of, seed=a.seed, self_speculative=not a.plain, name=n, packages=packages)
+            folder=folder, of=of, seed=a.seed, self_speculative=not a.plain, batch_size=a.batch_size, name=n,
+            packages=packages)
         print(f"{summary_text(found)}\n  samples and results: {found['file']}", flush=True)
     return 0
 

@@ -160,7 +160,9 @@ class Evaluation:
     top_p: float = setting(0.95, '(0, 1]') # Sample from the most probable tokens that make up this probability
     max_new_tokens: int = setting(512, '[1, 1e7]') # Longest answer, in tokens
     limit: int|None = setting(None, '[1, 1e9]') # Only the first problems (null: all)
-    self_speculative: bool = True # Draft with the policy's own heads, where it has several
+    # Draft with the policy's own heads, where it has several, one answer at a time; false: in batches
+    self_speculative: bool = True
+    batch_size: int = setting(64, '[1, 1e5]') # Answers at a time where nothing is drafted
     packages: list[str] = field(default_factory=list) # Packages that programs may import, such as [numpy]
 
 @dataclass

@@ -28,8 +28,8 @@ def _training(config):
                "leave it out.")
     by_credit = config.pipeline == 'verifiable' and t.weighting in ('credit', 'shuffled', 'oracle')
     if by_credit and t.credit_floor >= high:
-        yield (f"training.credit_floor = {t.credit_floor} is not below training.weight_clip_max = {high}: all tokens would "
-               "weigh the same.")
+        yield (f"training.credit_floor = {t.credit_floor} is not below training.weight_clip_max = {high}: all tokens "
+               "would weigh the same.")
     if config.pipeline == 'critic' and not (c.pairwise_weight or c.value_weight):
         yield "critic.pairwise_weight and critic.value_weight are both 0: there is nothing to train."
 

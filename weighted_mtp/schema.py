@@ -126,8 +126,8 @@ class Training:
     td_lambda_end: float = setting(0.95, '[0, 1]') # What td_lambda decays to
     td_lambda_schedule: str = setting('constant', choices=('constant', 'linear', 'cosine')) # How it decays
     td_lambda_hold: float = setting(0.0, '[0, 1]') # Share of training before the decay starts
-    # verifiable, what weighs tokens: the critic's credit (credit), its whitened advantages (gae), nothing (uniform), the
-    # credit in another order (shuffled), known critical tokens (oracle), the policy's own losses (focal, dft)
+    # verifiable, what weighs tokens: the critic's credit (credit), its whitened advantages (gae), nothing (uniform),
+    # the credit in another order (shuffled), known critical tokens (oracle), the policy's own losses (focal, dft)
     weighting: str = setting('credit', choices=WEIGHTINGS)
     credit_floor: float = setting(0.5, '[0, 1e6]') # credit, shuffled, oracle: weight of a token without credit
     credit_gain: float = setting(2.0, '[0, 1e6]') # credit, shuffled, oracle: weight added for a credit of 1

@@ -139,12 +139,12 @@ def _uploader(config, resumed): # to S3, if the config asks for it; what an inte
 @contextmanager
 def tracked_run(
     config, # A loaded config
-): # `result`, a dict to fill: checkpoints, metrics, seconds by name, paths of pictures; and `run`, for `fit`
+): # `result`, a dict to fill: checkpoints, metrics, seconds by name, paths of pictures, warnings; and `run`, for `fit`
     "Do what is inside as an MLflow run, and leave `result.json` in the run's record."
     run, = broadcast_object_list([begin_run(config, int(os.environ.get('WORLD_SIZE', 1))) if is_main() else None])
     resumed = bool(run['checkpoint'])
     result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, resumed=resumed,
-                  pictures=[])
+                  pictures=[], warnings=[])
     if not is_main():
         yield result, run
         return

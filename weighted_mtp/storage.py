@@ -131,8 +131,8 @@ def _options():
     m.add_argument('name', nargs='+', help=', '.join(MODELS))
     for x in (d, m):
         x.add_argument('--from', dest='folder', metavar='FOLDER', help='take the files from here instead of the hub')
-    b = sub.add_parser('base', help='train `micro-base` anew', description='Train the small pretrained model that comes '
-                       'with the package anew, by its own recipe: half an hour on one core.')
+    b = sub.add_parser('base', help='train `micro-base` anew', description='Train the small pretrained model that '
+                       'comes with the package anew, by its own recipe: a quarter of an hour on one core.')
     b.add_argument('--steps', type=int, metavar='N', help='optimizer steps (default: as shipped); fewer: a weaker base')
     b.add_argument('--problems', type=int, metavar='N', help='training problems (default: as shipped)')
     b.add_argument('--seed', type=int, default=0, metavar='N', help='of data, weights and order (default: 0)')

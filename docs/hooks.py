@@ -1,7 +1,7 @@
 """What the documentation site takes from elsewhere: notebooks, docstrings, the schema, every command's help."""
 import json, os, re, subprocess, sys
 from dataclasses import fields
-from itertools import groupby
+from html import escape
 from pathlib import Path
 
 from bs4 import BeautifulSoup
@@ -35,14 +35,16 @@ def library():
 def reference_page(module):
     return f'# {module}\n\n`from weighted_mtp.{module} import …`\n\n::: weighted_mtp.{module}\n'
 
-def cell(text): return str(text).replace('|', '\\|').replace('\n', ' ')
+def cell(text): return escape(str(text), quote=False).replace('|', '\\|').replace('\n', ' ')
 
 def config_page():
     from weighted_mtp.schema import key_table
     about = ('Generated from the schema, which reading, checking and error messages go by, too. '
              'A key is set in a YAML file of `configs/` or by `--override key=value`.')
     parts = ['# Every config key', '', about]
-    for section, rows in groupby(key_table(), lambda row: row['key'].rpartition('.')[0]):
+    sections = {}
+    for row in key_table(): sections.setdefault(row['key'].rpartition('.')[0], []).append(row)
+    for section, rows in sections.items():
         parts += ['', f"## {section or 'the run'}", '', '| key | may be | default | meaning |', '|---|---|---|---|']
         for row in rows:
             default = cell(json.dumps(row['default']))

@@ -13,10 +13,10 @@ TRAINING = [
     ('config', 'YAML and overrides', ['config', 'schema']),
     ('data', 'solutions, pairs', ['data', 'corpus', 'sampling', 'synthetic', 'storage']),
     ('model', 'backbone and heads', ['backbones', 'mtp_model', 'value_model', 'adapters', 'generation']),
-    ('objective', 'token weights, loss', ['weighting', 'losses', 'critic', 'policies']),
+    ('objective', 'token weights, loss', ['weighting', 'losses', 'critic', 'verifiable', 'rho1']),
     ('loop', 'step, validate, save', ['loop', 'optim', 'sharding', 'checkpoints', 'runs']),
-    ('evaluation', 'pass@k in a sandbox', ['evaluation', 'sandbox', 'answers']),
-    ('report', 'curves, programs', ['report'])]
+    ('evaluation', 'pass@k in a sandbox', ['evaluation', 'model_evaluation', 'benchmarks', 'answers', 'sandbox']),
+    ('report', 'curves, programs', ['report', 'pictures', 'curves', 'report_tables'])]
 MAPS = dict(launch=('LAUNCH: never imports torch', LAUNCH, '#3949ab'),
             training=('TRAIN: knows nothing of the cluster', TRAINING, '#00695c'))
 WIDTH, GAP, LINE, TOP = 136, 26, 14, 42

@@ -107,6 +107,7 @@ def test_form_in_jupyterlab(lab, project):
         # another one is stopped
         service.pace = 6.
         field(page, 'pipeline', 'select').select_option('ntp')
+        expect(page.locator('code', has_text='run_ntp').first).to_be_visible() # the plan follows the choice
         launch.click()
         until(lambda: len(records(project) - before) == 2)
         [second] = records(project) - before - {first}

@@ -21,7 +21,7 @@ KINDS, DTYPES = ('none', 'target', 'source'), (torch.float32, torch.bfloat16, to
 
 
 def reference(hidden, unembedding, labels, weights=None, normalizer=None):
-    "SPEC section 4 token by token: (loss, token losses, counts)."
+    "The definition (02_losses), token by token: (loss, token losses, counts)."
     B, T, n, _ = hidden.shape
     token, terms, counts = torch.zeros(B, T, n, dtype=hidden.dtype), [[] for _ in range(n)], torch.zeros(n)
     for b, t, k in product(range(B), range(T), range(1, n+1)):

@@ -425,7 +425,7 @@ def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server
         between = t.logged()
         assert 0 < before < between < STEPS - 4*EVERY and t.p.poll() is None
         mlflow_server.start(); s3_server.start()
-        assert max(steps(run.info.run_id)) <= before
+        assert max(steps(run.info.run_id)) <= before + EVERY # a log may have been on its way when both were killed
         s3 = bucket(s3_server, 'wmtp-training')
         assert not in_bucket()
         t.p.send_signal(signal.SIGCONT)

@@ -109,7 +109,7 @@ def guide_lines(): # every command of the guide; none where this checkout has no
 
 def test_the_table_for_readers_of_the_guide(here):
     from weighted_mtp.plan import make_plan
-    rows, plans = guide_rows((REPO/'README.md').read_text()), []
+    rows, plans = guide_rows((REPO/'docs/cluster.md').read_text()), []
     for script, command, cell, pm in rows:
         words = shlex.split(command)
         plan = make_plan(words[1], **{OPTIONS[k]: v for k, v in zip(words[2::2], words[3::2])})
@@ -123,10 +123,9 @@ def test_the_table_for_readers_of_the_guide(here):
     expected = {line.format(n=r['ngpus'], p=r['pipeline']) for r, line, _ in GUIDE[:-1]}
     assert len(rows) == 20 and {p.command_line for p in plans} >= expected
 
-def test_the_korean_readme_says_the_same():
-    english, korean = (REPO/'README.md').read_text(), (REPO/'README.ko.md').read_text()
-    part = english[english.index('## On the VESSL cluster'):english.index('## Train policies')]
-    assert blocks(korean) == blocks(part) and guide_rows(korean) == guide_rows(part)
+def test_the_korean_page_says_the_same():
+    english, korean = ((REPO/f'docs/{name}.md').read_text() for name in ('cluster', 'cluster.ko'))
+    assert blocks(korean) == blocks(english) and guide_rows(korean) == guide_rows(english)
 
 # ---- submitting
 

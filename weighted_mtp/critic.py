@@ -186,11 +186,11 @@ def run_critic(
     return result['metrics']
 
 def _blind_metrics(config, split): # of a critic trained with the same budget without the problems
-    print('blind yardstick: the same training without the problems', flush=True)
+    print('blind baseline: the same training without the problems', flush=True)
     config = apply_overrides(config, ['dataset.blind=true', 'critic.blind_yardstick=false'])
     set_seed(config.training.seed)
     objective = CriticObjective(config, *load_parts(config))
-    metrics = objective.evaluate(fit(objective, config, stage='blind yardstick', part=1, of=2), split)
+    metrics = objective.evaluate(fit(objective, config, stage='blind baseline', part=1, of=2), split)
     return {k.replace('pairwise', 'blind'): v for k, v in metrics.items() if k.startswith('pairwise_accuracy')}
 
 def _write_picture(objective, trainer, path): # of the first three mutants; collective where the model is sharded

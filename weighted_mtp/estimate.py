@@ -29,7 +29,8 @@ def memory_sizes(
     ngpus:int=1,
     gpu:bool=True, # False: processes on a CPU
 )->SimpleNamespace:
-    "What memory depends on: `c`, `a`, parameters `p`, `tokens`, bytes `stored` and `width`, `shards`, `copies`."
+    """What memory depends on. `c` config, `a` architecture (its sizes D, q, kv, ffn: `model_sizes`), `p` parameters;
+    `tokens` of a micro-batch; bytes of a number `stored` and of one in a product, `width`; `shards`, `copies`."""
     is_half = gpu and c.model.dtype == 'bfloat16'
     shards = ngpus if c.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
     tokens = c.training.batch_size*c.dataset.max_length*(2 if c.pipeline == 'critic' else 1) # of a pair
@@ -127,7 +128,9 @@ def memory_parts(
     ngpus:int=1,
     gpu:bool=True, # False: processes on a CPU
 )->dict: # part -> bytes per GPU, all sequences as long as `dataset.max_length`
-    "What is in a GPU's memory when it is fullest."
+    """What is in a GPU's memory when it is fullest, each part by the function of its name: weights + optimizer +
+    (activations + at work + loss + gradients) + buckets + other model + overhead (fixed, and a share of what comes and
+    goes) + what saving and evaluation need beyond that."""
     s = memory_sizes(c, a, ngpus, gpu)
     activations, loss = activation_bytes(s), loss_bytes(s)
     in_step = {'activations': activations, 'at work': working_bytes(s), 'loss': loss,

@@ -122,7 +122,7 @@ def mtp_loss(
     bias=None, # (V,) added before the scale
     low_rank=None, # Adapter on the head: (B, T, n, r) and (V, r), whose product is added before the scale
 ): # (scalar float32 loss, token losses (B, T, n) float32: source-indexed, unweighted, 0 where no target, no gradient)
-    """Weighted MTP cross-entropy that never holds all logits (SPEC section 4; Gloeckle et al. 2024, arXiv 2404.19737,
+    """Weighted MTP cross-entropy that never holds all logits (Gloeckle et al. 2024, arXiv 2404.19737,
     eq. 2, with weights). Raises `ValueError` for shapes that do not fit."""
     if hidden.ndim != 4: raise ValueError(f"hidden has shape {tuple(hidden.shape)}: allowed is (B, T, n, D)")
     B, T, n, D = hidden.shape
@@ -195,7 +195,7 @@ def value_loss(
     mask, # (B, T) response tokens
     kind:str='mse', # mse | huber (quadratic up to 1)
 ): # Scalar float32: mean over tokens, then over the sequences that have any; 0 if none has
-    """Regression of values on returns (SPEC section 4; Huber 1964 with delta = 1).
+    """Regression of values on returns (Huber 1964 with delta = 1).
     Raises `ValueError` for an unknown kind."""
     losses = {'mse': F.mse_loss, 'huber': F.huber_loss}
     if kind not in losses: raise ValueError(f"kind = {kind!r}: allowed are {', '.join(losses)}")

@@ -268,6 +268,8 @@ def run_tests(
         try:
             answer = worker.run(dict(job, token=secrets.token_hex(8)), timeout*runs + 10)
             if answer['status'] == 'broken': raise WorkerGone(answer['message'])
+            # A worker that was killed takes its program with it, and may report that first: not the program's doing
+            if answer['status'] == 'killed' and worker.process.poll() is not None: raise WorkerGone('it was killed')
             kept = True
             return Result(**answer)
         except TimeoutError: return Result('timeout', error='TimeoutError', message='a test did not end')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'common_length', 'token_distance', 'name_tokens', 'renamed', 'first_difference', 'first_wrong_token',
-           'place_of_error', 'FirstWrongPairs']
+           'place_of_error', 'FirstWrongPairs', 'places_known', 'with_first_wrong']
 
 # %% ../nbs/data/20_first_wrong.ipynb #31e22502
 import builtins
@@ -12,6 +12,7 @@ from keyword import iskeyword
 
 import numpy as np
 
+from .files import UserError
 from .sampling import PairDataset
 
 # %% ../nbs/data/20_first_wrong.ipynb #275e8dd7
@@ -124,3 +125,28 @@ class FirstWrongPairs(PairDataset):
             self.places[key] = place_of_error(bad, self.correct_responses(bad), self.names)
         bad.first_wrong, bad.first_wrong_from = self.places[key]
         return good, bad
+
+# %% ../nbs/data/20_first_wrong.ipynb #ce53a289
+def places_known(
+    pairs:FirstWrongPairs,
+    n:int=200, # Pairs to look at, spread over all
+)->dict: # 'mutation', 'difference' and '' -> share of the wrong programs
+    "What tells the first wrong token, and of how many."
+    at = sorted({int(i) for i in np.linspace(0, len(pairs)-1, n)})
+    told_by = [pairs[i][1].first_wrong_from for i in at]
+    return {k: told_by.count(k)/len(at) for k in ('mutation', 'difference', '')}
+
+def with_first_wrong(
+    pairs, # A `PairDataset` of a `Corpus`
+    tokenizer, # Its tokenizer
+    path, # The file they come from, for messages
+)->FirstWrongPairs:
+    "Pairs that know the first wrong token. Raises `UserError` where none is known."
+    pairs = FirstWrongPairs(pairs, tokenizer)
+    known = places_known(pairs)
+    if known[''] == 1:
+        raise UserError(f"{path}: the first wrong token is known of no wrong program: none has a `mutation`, and none is "
+                        f"within {NEAR} tokens of a correct one. Use critic.head=ratio, which does not need it.")
+    print(f"{path}: first wrong token known of {1-known['']:.0%} of the wrong programs "
+          f"({known['mutation']:.0%} by mutation, {known['difference']:.0%} by difference)", flush=True)
+    return pairs

@@ -755,6 +755,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'weighted_mtp/first_error_model.py'),
                                                 'weighted_mtp.first_error_model.FirstErrorModel.forward': ( 'models/first_error_model.html#firsterrormodel.forward',
                                                                                                             'weighted_mtp/first_error_model.py'),
+                                                'weighted_mtp.first_error_model.FirstErrorModel.set_mean_risk': ( 'models/first_error_model.html#firsterrormodel.set_mean_risk',
+                                                                                                                  'weighted_mtp/first_error_model.py'),
                                                 'weighted_mtp.first_error_model.FirstErrorOutput': ( 'models/first_error_model.html#firsterroroutput',
                                                                                                      'weighted_mtp/first_error_model.py'),
                                                 'weighted_mtp.first_error_model.FirstErrorOutput.evidence': ( 'models/first_error_model.html#firsterroroutput.evidence',

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from .adapters import add_lora
-from .backbones import BackboneConfig, BackboneModel
+from .backbones import BackboneConfig, CalibratedModel
 from .files import UserError
 from .value_model import token_surprise
 from .weighting import posterior
@@ -95,22 +95,28 @@ class FirstErrorConfig(BackboneConfig):
     model_type = 'weighted_mtp_first_error'
     head_dropout: float = 0.
 
-class FirstErrorModel(BackboneModel):
+class FirstErrorModel(CalibratedModel):
     "A causal language model with a hazard for each token and a risk for each place."
     config_class = FirstErrorConfig
 
     def __init__(self, config, backbone=None):
         super().__init__(config)
         self.attach_backbone(backbone)
-        if config.lora:
-            add_lora(self.backbone, config.lora)
-            self.update_tied_names()
         D = self.backbone.config.get_text_config().hidden_size
         self.head = nn.ModuleDict(dict(hazard=RiskHead(D, TOKEN_FEATURES, config.head_dropout),
                                        risk=RiskHead(D, PLACE_FEATURES, config.head_dropout)))
-        for name, start in (('scale', 1.), ('bias', 0.), ('mean_risk', 1.)): # fitted on the validation split
-            self.register_buffer(name, torch.tensor(start))
-        self.post_init()
+        self.attach_calibration()
+        self.register_buffer('mean_risk', torch.tensor(1., dtype=torch.float32)) # 1 until it is measured
+        self.post_init() # before the adapters, as in `ValueModel`
+        if config.lora:
+            add_lora(self.backbone, config.lora)
+            self.update_tied_names()
+
+    @torch.no_grad()
+    def set_mean_risk(self, mean:float):
+        "Set the mean risk of the tokens of correct programs, which counts as credit 1."
+        self.mean_risk = self.mean_risk.float() # the same tensor, unless the model was cast
+        self.mean_risk.fill_(mean)
 
     def forward(self,
         input_ids, attention_mask=None, # (B, T)
@@ -130,13 +136,13 @@ class FirstErrorModel(BackboneModel):
         logp = token_surprise(hidden, self.compute_logits, input_ids, mask)[0] if with_logp else None
         return FirstErrorOutput(*(torch.where(seen, x, 0.) for x in (hazard, risk)), logp=logp)
 
+    @torch.no_grad()
     def credit(self,
         input_ids, attention_mask, # (B, T)
         mask, # (B, T) response tokens
-    ): # (r, V): (B, T) float32, 0 where masked, without gradient
+    ): # (r, V): (B, T) float32 each, 0 where masked
         "Relative risk of each token, and the probability that a program that begins so is correct."
-        with torch.no_grad(): out = self(input_ids, attention_mask, mask)
-        return credit_of(out, mask, self.scale, self.bias, self.mean_risk)
+        return credit_of(self(input_ids, attention_mask, mask), mask, self.scale, self.bias, self.mean_risk)
 
 AutoConfig.register(FirstErrorConfig.model_type, FirstErrorConfig, exist_ok=True)
 AutoModel.register(FirstErrorConfig, FirstErrorModel, exist_ok=True)

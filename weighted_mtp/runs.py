@@ -178,6 +178,7 @@ def fit(
 )->Trainer:
     "Train an objective. Raises `Stopped` after SIGTERM. Collective: call on all ranks."
     trainer = make_trainer(objective, config, run)
+    if hasattr(objective, 'start'): objective.start(trainer) # what it has to know of the models before training
     if run and run.get('tracker'): trainer.on_log.append(_log_to(run['tracker'], run['history']))
     if record_dir():
         total = trainer.max_steps

@@ -15,8 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import check_lora
 from .backbones import check_backbone
+<<<<<<< HEAD
 from .files import UserError
 from .first_error_model import FirstErrorConfig, FirstErrorModel
+=======
+from .files import UserError, model_folder
+>>>>>>> 545276dc60d41c83c50718005cbc12edb30dbe9d
 from .logit_check import check_logits
 from .mtp_model import MTPForCausalLM, check_n_heads
 from .ratio_model import RatioConfig, RatioModel
@@ -41,7 +45,8 @@ def load_backbone(
     if source == 'micro':
         raise UserError(f"{key} = micro: its weights came from a seed and are kept nowhere, so what was trained on it "
                         "(model.tuning = lora or frozen) cannot be used again. Train with model.tuning=full.")
-    try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    folder = model_folder(source)
+    try: model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except MemoryError: raise
     # A config.json that does not fit ends in a KeyError, a ZeroDivisionError or whatever a family's code meets first
     except Exception as e: raise UserError(f"{key} = {source}: cannot be loaded ({loading_problem(e)})") from None

@@ -97,12 +97,9 @@ class Sample:
     difficulty: int
     kind: str = '' # 'correct', 'mutant', 'sibling', or '' where the file does not say
     mutation: tuple|None = None # First and last mutated token, counted in `ids`
-<<<<<<< HEAD
+    critical: tuple = () # Tokens that decide whether it is correct, counted in `ids`; empty where the file does not say
     first_wrong: int|None = None # First wrong token of a wrong solution, counted in `ids`, where somebody has looked
     first_wrong_from: str = '' # What tells it: 'mutation' or 'difference'
-=======
-    critical: tuple = () # Tokens that decide whether it is correct, counted in `ids`; empty where the file does not say
->>>>>>> 545276dc60d41c83c50718005cbc12edb30dbe9d
 
     @property
     def n_response(self): return len(self.ids) - self.n_prompt

@@ -15,12 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import check_lora
 from .backbones import check_backbone
-<<<<<<< HEAD
-from .files import UserError
-from .first_error_model import FirstErrorConfig, FirstErrorModel
-=======
 from .files import UserError, model_folder
->>>>>>> 545276dc60d41c83c50718005cbc12edb30dbe9d
+from .first_error_model import FirstErrorConfig, FirstErrorModel
 from .logit_check import check_logits
 from .mtp_model import MTPForCausalLM, check_n_heads
 from .ratio_model import RatioConfig, RatioModel

@@ -443,6 +443,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'weighted_mtp/critic.py'),
                                      'weighted_mtp.critic.CriticObjective.evaluate': ( 'training/critic.html#criticobjective.evaluate',
                                                                                        'weighted_mtp/critic.py'),
+                                     'weighted_mtp.critic.CriticObjective.first_error_loss': ( 'training/critic.html#criticobjective.first_error_loss',
+                                                                                               'weighted_mtp/critic.py'),
                                      'weighted_mtp.critic.CriticObjective.lm_loss': ( 'training/critic.html#criticobjective.lm_loss',
                                                                                       'weighted_mtp/critic.py'),
                                      'weighted_mtp.critic.CriticObjective.loss': ( 'training/critic.html#criticobjective.loss',

@@ -12,14 +12,13 @@ from fastcore.basics import chunked, patch
 
 from .config_values import parse_yaml
 from .critic import load_critic
-from .models import read_checkpoint
+from .models import ValueModel, read_checkpoint
 from .pictures import weights_picture
 from .policy_objective import (PolicyObjective, batch_of_one, is_divided, known_weights, losses_ahead,
                                            problem_text, token_texts)
 from .schema import BY_CRITIC
 from .weighting import (RunningMoments, advantage_weights, by_source, content_seeds, credit_weights,
-                                    dft_weights, focal_weights, gae_advantages, normalized, shuffle_within_response,
-                                    td_errors)
+                                    dft_weights, focal_weights, gae_advantages, normalized, shuffle_within_response)
 
 # %% ../nbs/training/11_verifiable.ipynb #b1600607
 _all_ = ['load_critic'] # from `critic`, imported from here by users
@@ -33,9 +32,10 @@ def judge(
 
 def initial_value(
     critic, # From `load_critic`
-): # V before the first token: sigmoid(bias) of a critic that gives probabilities
+    default:float=0.5, # For a value head
+): # V before the first token: sigmoid(bias) of a critic whose evidence adds up
     "Where a critic starts from."
-    return critic.initial_value
+    return default if isinstance(critic, ValueModel) else getattr(critic, 'initial_value', default)
 
 # %% ../nbs/training/11_verifiable.ipynb #a6b5d55f
 def quality_warnings(

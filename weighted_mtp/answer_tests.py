@@ -34,8 +34,13 @@ def run_answers(
     for i, (p, code) in enumerate(zip(problems, codes)):
         if p['tests']['kind'] == 'answer': out[i] = _compare_number(code, p['tests']['answer'])
         else: jobs.append((whole_program(code, p['tests']), p['tests'])); where.append(i)
-    for i, r in zip(where, run_tests_batch(jobs, packages=packages)): out[i] = r
+    for i, r in zip(where, _run_once(jobs, packages)): out[i] = r
     return out
+
+def _run_once(jobs, packages): # as `run_tests_batch`; the tests of a problem are one object
+    keys = [(program, id(tests)) for program, tests in jobs]
+    once = dict(zip(keys, jobs))
+    return [*map(dict(zip(once, run_tests_batch(once.values(), packages=packages))).get, keys)]
 
 def _compare_number(text, wanted):
     given = answer_of(text)
@@ -44,20 +49,20 @@ def _compare_number(text, wanted):
 
 # %% ../nbs/evaluation/12_answer_tests.ipynb #a7e51008
 def run_as_written(
-    p:dict, # A problem
-    texts, # Answers to it
+    problems, # One per answer
+    texts, # The answers
     codes, # What `find_answer` found in each
     results, # Of `run_answers`
     packages=(), # Names of packages that programs may import
 )->list[str]: # One status per answer
     "Status of each answer, run as it stands."
-    status, tests = [r.status for r in results], p['tests']
-    if tests['kind'] == 'answer': return status
-    other = {i: whole_program(t, tests) for i, (t, c) in enumerate(zip(texts, codes)) if t != c}
-    runnable = {i: program for i, program in other.items() if parses(program)}
-    done = run_tests_batch([(program, tests) for program in runnable.values()], packages=packages)
-    ran = {i: r.status for i, r in zip(runnable, done)}
-    return [ran.get(i, 'error') if i in other else s for i, s in enumerate(status)]
+    def differs(p, text, code): return p['tests']['kind'] != 'answer' and text != code
+    other = [i for i, x in enumerate(zip(problems, texts, codes)) if differs(*x)]
+    programs = {i: whole_program(texts[i], problems[i]['tests']) for i in other}
+    runnable = [i for i in other if parses(programs[i])]
+    done = _run_once([(programs[i], problems[i]['tests']) for i in runnable], packages)
+    ran = dict.fromkeys(other, 'error') | {i: r.status for i, r in zip(runnable, done)}
+    return [ran.get(i, r.status) for i, r in enumerate(results)]
 
 # %% ../nbs/evaluation/12_answer_tests.ipynb #27e0d2ce
 def check_references(

@@ -15,7 +15,7 @@ from .answer_tests import check_references
 from .answers import extract_code, whole_program # public here
 from .benchmarks import BENCHMARKS, load_benchmark
 from .data import stored_tokenizer
-from .files import UserError, project_root, read_json, write_text
+from .files import UserError, model_folder, project_root, read_json, write_text
 from .model_evaluation import evaluate # public here
 from .models import load_backbone, load_policy, read_checkpoint
 from .runs import is_main, print_metrics, record_dir, tracked_run
@@ -27,11 +27,11 @@ _all_ = ['evaluate', 'extract_code', 'pass_at_k', 'whole_program']
 
 # %% ../nbs/evaluation/14_evaluation.ipynb #86cf1948
 def load_model(
-    path, # A checkpoint of this package, or a folder that transformers can load
+    path, # A checkpoint of this package, a folder that transformers can load, or `micro-base`
     tokenizer=None, # Folder or hub name (default: the checkpoint's own)
 ): # (model, tokenizer), on the GPU where there is one
     "A model to evaluate, with its tokenizer. Raises `UserError` where they are missing or do not fit."
-    path = Path(path)
+    path = Path(model_folder(path))
     if not path.exists(): raise UserError(f"Checkpoint {path} not found.")
     if path.is_dir(): model, own = load_backbone(path, 'auto', 'checkpoint'), tokenizer or path
     else: model, own = load_policy(path), tokenizer or _stored_tokenizer(path)
@@ -58,7 +58,7 @@ def _load_tokenizer(name):
         raise UserError(f"{name} holds no tokenizer ({reason}). G{_GIVE_TOKENIZER}") from None
 
 def _fingerprint(path): # of the weights in a checkpoint or a folder: 12 hexadecimal digits
-    path, h = Path(path), hashlib.sha256()
+    path, h = Path(model_folder(path)), hashlib.sha256()
     for f in sorted(path.glob('*.safetensors')) if path.is_dir() else [path]:
         with open(f, 'rb') as file: h.update(hashlib.file_digest(file, 'sha256').digest())
     return h.hexdigest()[:12]
@@ -85,7 +85,8 @@ def run_evaluation(
             found = evaluate(
                 model, tokenizer, problems[name], list(e.ks), e.samples, e.temperature, e.top_p, e.max_new_tokens,
                 limit=e.limit, folder=config.checkpoint.save_dir, of=of, seed=config.training.seed, name=name,
-                self_speculative=e.self_speculative, progress=_progress_writer(name), packages=list(e.packages))
+                self_speculative=e.self_speculative, batch_size=e.batch_size, progress=_progress_writer(name),
+                packages=list(e.packages))
             print(summary_text(found), flush=True)
             result['evaluations'][found['benchmark']] = found
             result['metrics'] |= metrics_of(found)
@@ -139,7 +140,9 @@ def _parser():
     add('--packages', default='', metavar='NAMES',
         help='packages that programs may import, such as numpy,pandas (default: none)')
     add('--plain', action='store_true',
-        help='one token a pass: do not draft with the heads of a multi-token policy')
+        help='one token a pass, in batches: do not draft with the heads of a multi-token policy')
+    add('--batch-size', type=int, default=64, metavar='N',
+        help='answers at a time where nothing is drafted (default: 64)')
     add('--folder', metavar='FOLDER',
         help='where samples and results are kept (default: `evaluation` beside the checkpoint)')
     add('--storage', metavar='FOLDER', help="default: the project's storage")
@@ -166,7 +169,8 @@ def _run_command(a): # number of benchmarks whose references fail; 0 for a check
     for n in names:
         found = evaluate(
             model, tokenizer, problems[n], ks, a.samples, a.temperature, a.top_p, a.max_new_tokens, limit=a.limit,
-            folder=folder, of=of, seed=a.seed, self_speculative=not a.plain, name=n, packages=packages)
+            folder=folder, of=of, seed=a.seed, self_speculative=not a.plain, batch_size=a.batch_size, name=n,
+            packages=packages)
         print(f"{summary_text(found)}\n  samples and results: {found['file']}", flush=True)
     return 0
 

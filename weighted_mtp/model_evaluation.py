@@ -7,6 +7,7 @@ __all__ = ['evaluate']
 
 # %% ../nbs/evaluation/13_model_evaluation.ipynb #e4a11003
 import hashlib, json, math, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from accelerate import PartialState
@@ -17,7 +18,7 @@ from .answer_tests import find_answer, run_answers, run_as_written
 from .benchmarks import benchmark_label, load_benchmark
 from .data import format_prompt, vocabulary_id
 from .files import UserError, write_text
-from .generation import NoRoom, generate
+from .generation import NoRoom, generate, makes_drafts, writes_in_batches
 from .sandbox import check_packages
 from .scores import summary
 
@@ -51,28 +52,48 @@ class _StoredRows:
 def _problem_seed(seed, problem_id):
     return int(hashlib.sha256(f'{seed} {problem_id}'.encode()).hexdigest()[:8], 16)
 
+def _prompt(p): return format_prompt(p['instruction'], p.get('input') or '')
+
+def _write_answers(model, tokenizer, problems, samples, seed, sampling, batched): # [(problem, its texts, seconds each)]
+    def again(problems): return _write_answers(model, tokenizer, problems, samples, seed, sampling, batched)
+    start, prompts = time.monotonic(), [_prompt(p) for p in problems for _ in range(samples)]
+    if batched: seed = [_problem_seed(seed, f"{p['problem_id']} {i}") for p in problems for i in range(samples)]
+    else: seed = _problem_seed(seed, problems[0]['problem_id']) # alone
+    try: made = generate(model, tokenizer, prompts, seed=seed, **sampling)
+    except NoRoom as e:
+        if len(problems) == 1: return [(problems[0], str(e), 0.)]
+        return [x for p in problems for x in again([p])]
+    seconds = (time.monotonic() - start)/len(prompts)
+    return [(p, made[i*samples:(i+1)*samples], seconds) for i, p in enumerate(problems)]
+
+# %% ../nbs/evaluation/13_model_evaluation.ipynb #1322652e
 def _row_too_long(p, sample, why): # of an answer to a prompt that is too long
     return dict(problem_id=p['problem_id'], sample=sample, completion='', text='', status='error', message=why,
                 error='PromptTooLong', test=0, reason='no room', tokens=0, passes=0, seconds=0.,
                 kinds=['not tried'], as_written='error')
 
-def _evaluate_problem(model, tokenizer, p, samples, seed, packages, sampling): # its rows
-    start, prompts = time.monotonic(), [format_prompt(p['instruction'], p.get('input') or '')]*samples
-    try: made = generate(model, tokenizer, prompts, seed=_problem_seed(seed, p['problem_id']), **sampling)
-    except NoRoom as e: return [_row_too_long(p, i, str(e)) for i in range(samples)]
-    seconds, texts = (time.monotonic() - start)/samples, [g.text for g in made]
-    codes, kinds = zip(*[find_answer(p, t) for t in texts])
-    results = run_answers([p]*samples, codes, packages)
-    written = run_as_written(p, texts, codes, results, packages)
-    names = dict(problem_id=p['problem_id'])
-    if p['tests']['kind'] == 'humaneval': names['task_id'] = p['problem_id'] # what the authors' scorer reads
-    return [dict(names, sample=i, completion=codes[i], text=g.text, status=r.status, message=r.message,
-                 error=r.error, test=r.test, reason=g.reason, tokens=len(g.ids), passes=g.passes, seconds=seconds,
-                 kinds=list(kinds[i]), as_written=written[i])
-            for i, (g, r) in enumerate(zip(made, results))]
+def _row(p, sample, g, seconds, code, kinds, r, as_written): # of an answer, its `Generation` and its `Result`
+    # HumanEval's authors' scorer reads task_id
+    names = dict(task_id=p['problem_id']) if p['tests']['kind'] == 'humaneval' else {}
+    return dict(problem_id=p['problem_id'], **names, sample=sample, completion=code, text=g.text, status=r.status,
+                message=r.message, error=r.error, test=r.test, reason=g.reason, tokens=len(g.ids), passes=g.passes,
+                seconds=seconds, kinds=list(kinds), as_written=as_written)
+
+def _judge_answers(written, samples, packages): # one list of rows per problem
+    answers = [(p, i, g, s) for p, made, s in written if not isinstance(made, str) for i, g in enumerate(made)]
+    problems, texts = [p for p, *_ in answers], [g.text for *_, g, _ in answers]
+    found = [find_answer(p, t) for p, t in zip(problems, texts)]
+    codes = [code for code, _ in found]
+    results = run_answers(problems, codes, packages)
+    as_written = run_as_written(problems, texts, codes, results, packages)
+    rows = {}
+    for answer, f, r, w in zip(answers, found, results, as_written):
+        rows.setdefault(answer[0]['problem_id'], []).append(_row(*answer, *f, r, w))
+    def too_long(p, why): return [_row_too_long(p, i, why) for i in range(samples)]
+    return [rows.get(p['problem_id']) or too_long(p, made) for p, made, _ in written]
 
 # %% ../nbs/evaluation/13_model_evaluation.ipynb #e4a11009
-def _check_numbers(ks, samples, max_new_tokens, temperature, top_p, limit, seed):
+def _check_numbers(ks, samples, max_new_tokens, temperature, top_p, limit, seed, batch_size):
     if min(ks, default=0) < 1:
         raise UserError(f"k of pass@k has to be at least 1, not {', '.join(map(str, ks)) or 'missing'}.")
     if max(ks) > samples: raise UserError(f"pass@{max(ks)} needs at least {max(ks)} samples a problem, not {samples}.")
@@ -81,7 +102,8 @@ def _check_numbers(ks, samples, max_new_tokens, temperature, top_p, limit, seed)
             ('temperature', temperature, temperature is None or 0 <= temperature < math.inf, 'a number of at least 0'),
             ('top_p', top_p, 0 < top_p <= 1, 'above 0 and at most 1'),
             ('limit', limit, limit is None or limit >= 1, 'at least 1'),
-            ('seed', seed, 0 <= seed < 2**32, 'from 0 to 4294967295')):
+            ('seed', seed, 0 <= seed < 2**32, 'from 0 to 4294967295'),
+            ('batch_size', batch_size, batch_size >= 1, 'at least 1')):
         if not possible: raise UserError(f"{name} = {x} is not possible: it has to be {allowed}.")
 
 def _settings(name, problems, of, tokenizer, samples, seed, sampling, packages): # in this order: hashed
@@ -114,7 +136,8 @@ def evaluate(
     folder=None, # Keeps rows and summary; an evaluation that was cut off resumes
     of:str='', # What is evaluated; rows of another one in the folder are not used
     seed:int=0,
-    self_speculative:bool=True,
+    self_speculative:bool=True, # Draft with the policy's own heads, one answer at a time; without, in batches
+    batch_size:int=64, # Answers at a time where nothing is drafted
     root='storage/datasets',
     progress=True, # A bar; or a function, called with the number of finished problems and of all
     name:str='', # What to call the benchmark (default: its own name)
@@ -124,19 +147,23 @@ def evaluate(
     if isinstance(benchmark, str): name, problems = name or benchmark, load_benchmark(benchmark, root)
     else: name, problems = name or 'problems', benchmark
     if samples is None: samples = max(ks, default=1)
-    _check_numbers(ks, samples, max_new_tokens, temperature, top_p, limit, seed)
+    _check_numbers(ks, samples, max_new_tokens, temperature, top_p, limit, seed, batch_size)
     if temperature is None: temperature = 0. if samples == 1 else .8
     sampling = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=list(stop),
                     self_speculative=self_speculative)
     name, packages, state = benchmark_label(name), check_packages(packages), PartialState()
+    batched = not (self_speculative and makes_drafts(model)) and writes_in_batches(model)
     settings = _settings(name, problems, of, tokenizer, samples, seed, sampling, packages)
+    if batched and temperature: settings |= dict(sampler=2) # a seed for each answer: other ones than before
     stored = _StoredRows(_rows_file(folder, settings), samples, state.process_index)
     state.wait_for_everyone() # all have read before the first writes
     total, problems = len(problems), problems[:limit]
     todo = [p for p in problems if p['problem_id'] not in stored.rows]
     if state.is_main_process: print(_start_text(settings, len(problems), total, len(todo)), flush=True)
-    def rows_of(p): return _evaluate_problem(model, tokenizer, p, samples, seed, packages, sampling)
-    made = _evaluate_share(todo, rows_of, stored, name, progress)
+    sampling |= dict(batch_size=batch_size)
+    def write(problems): return _write_answers(model, tokenizer, problems, samples, seed, sampling, batched)
+    def judge(written): return _judge_answers(written, samples, packages)
+    made = _evaluate_share(todo, write, judge, -(-batch_size//samples) if batched else 1, stored, name, progress)
     by = stored.rows | {rows[0]['problem_id']: rows for rows in gather_object(made)}
     asked = [p['problem_id'] for p in problems]
     rows = [r for id in asked for r in by[id]]
@@ -150,12 +177,25 @@ def _start_text(settings, n, total, todo):
     text = f"{settings['benchmark']}: {n} of {total} problems, {samples}, temperature {settings['temperature']:g}"
     return text if todo == n else f'{text}; {n - todo} problems are done already'
 
-def _evaluate_share(problems, rows_of, stored, name, progress): # of this process: one list of rows per problem
+def _judged(parts, write, judge): # rows of each part; they run while the model writes the next
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for part in parts:
+            now = pool.submit(judge, write(part))
+            if before: yield before.result()
+            before = now
+        if before: yield before.result()
+
+def _evaluate_share(problems, write, judge, size, stored, name, progress): # of this process: rows of each problem
     out, state = [], PartialState()
     mine = problems[state.process_index::state.num_processes]
+    if size > 1: mine = sorted(mine, key=lambda p: len(_prompt(p)))
+    parts = [mine[i:i+size] for i in range(0, len(mine), size)]
     hidden = progress is not True or not state.is_main_process
-    for i, p in enumerate(tqdm(mine, desc=name, unit='problem', mininterval=1, disable=hidden), 1):
-        out.append(rows_of(p))
-        stored.append(out[-1])
-        if callable(progress): progress(min(i*state.num_processes, len(problems)), len(problems))
+    with tqdm(total=len(mine), desc=name, unit='problem', mininterval=1, disable=hidden) as bar:
+        for rows in _judged(parts, write, judge):
+            out += rows
+            for r in rows: stored.append(r)
+            bar.update(len(rows))
+            if callable(progress): progress(min(len(out)*state.num_processes, len(problems)), len(problems))
     return out

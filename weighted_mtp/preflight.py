@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from .config import apply_overrides
 from .config_values import parse_yaml
 from .env_secrets import check_env, known_secrets, load_env, vessl_tokens
-from .files import UserError, flatten, project_root, read_json, read_utf8
+from .files import UserError, flatten, model_folder, project_root, read_json, read_utf8
 from .records import git_state, on_remote, read_records, short_path
 from .request import path_exists
 from .schema import BY_CRITIC
@@ -77,7 +77,7 @@ def local_blockers(
     if r['pipeline'] not in (needed := _checkpoint_needed(config)): return
     what, path, advice = needed[r['pipeline']]
     if not path: yield f"{r['pipeline']} needs a {what} checkpoint: {advice}"
-    elif not path_exists(project_root()/path, Path.exists):
+    elif not path_exists(project_root()/model_folder(path), Path.exists):
         yield f"{what.capitalize()} checkpoint {path} not found: {advice}"
 
 def vessl_blockers(

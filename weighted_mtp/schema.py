@@ -52,6 +52,8 @@ class DataSampling:
     n_samples: int = setting(200_000, '[1, 1e9]') # Pairs (critic) or solutions drawn for an epoch
     n_validation: int = setting(500, '[1, 1e9]') # Validation pairs or solutions
     max_pairs_per_problem: int = setting(60, '[1, 1e9]') # At most so many pairs (critic) or solutions of one problem
+    # What a policy learns from: correct solutions, or all (wrong ones too, as a language model is pretrained)
+    solutions: str = setting('correct', choices=('correct', 'all'))
     length_balanced: bool = True # critic: pairs within one length bin, so that length does not give the answer away
     # Bins of difficulty, both ends inclusive; difficulty 0 (unknown) is left out
     difficulty_bins: list[list[int]] = setting([[1, 7], [8, 15], [16, 25]], '[0, 32767]')
@@ -72,7 +74,8 @@ class Lora:
 @dataclass
 class Model:
     "The backbone, its heads, and what of it is trained."
-    # Folder or hub name of a Hugging Face decoder; `micro`: the embedded one, made from the seed
+    # Folder or hub name of a Hugging Face decoder, or of a policy of this package; `micro-base`: the embedded one,
+    # pretrained, with four heads; `micro`: a small one with weights from the seed
     backbone: str = 'micro'
     tokenizer: str|None = None # Folder or hub name (null: the backbone's; embedded default: the data set's)
     n_future_tokens: int = setting(4, '[1, 1024]') # Heads of a policy: how many tokens ahead it predicts
@@ -85,16 +88,20 @@ class Model:
 
 @dataclass
 class Critic:
-    "The value head and its losses; pipeline critic."
-    # Value head on the hidden states; surprise also sees the backbone's log-probability of each token
-    head: str = setting('surprise', choices=('linear', 'sigmoid', 'mlp', 'surprise'))
+    "What kind of critic, and its losses; pipeline critic."
+    # ratio: two language models, of correct and of wrong solutions, and their log-ratio. The others are value heads on
+    # the hidden states; surprise also sees the backbone's log-probability of each token
+    head: str = setting('ratio', choices=('ratio', 'linear', 'sigmoid', 'mlp', 'surprise'))
+    bce_weight: float = setting(0.0, '[0, 1e6]') # ratio: of the cross-entropy of σ(Σ r) against correctness
     head_dropout: float = setting(0.0, '[0, 1)') # Between the layers of mlp and surprise
-    pairwise_weight: float = setting(1.0, '[0, 1e6]') # Of the Bradley-Terry loss
-    value_weight: float = setting(0.0, '[0, 1e6]') # Of the regression of values on λ-returns
+    pairwise_weight: float = setting(1.0, '[0, 1e6]') # Value heads: of the Bradley-Terry loss
+    value_weight: float = setting(0.0, '[0, 1e6]') # Value heads: of the regression of values on λ-returns
     value_loss: str = setting('mse', choices=('mse', 'huber')) # Of that regression
-    lm_weight: float = setting(0.0, '[0, 1e6]') # Of the next-token loss on the correct solutions, added to the critic's
-    lm_first: float = setting(0.0, '[0, 1]') # Share of the steps, at the start, that train the next-token loss alone
-    initial_value: float = setting(0.5, '[0, 1]') # V before the first response token
+    # Value heads: of the next-token loss on the correct solutions, added to the critic's
+    lm_weight: float = setting(0.0, '[0, 1e6]')
+    # Value heads: share of the steps, at the start, that train the next-token loss alone
+    lm_first: float = setting(0.0, '[0, 1]')
+    initial_value: float = setting(0.5, '[0, 1]') # Value heads: V before the first response token
     # After training, also train a critic blind to the problem with the same budget, and report it as the baseline
     blind_yardstick: bool = False
 
@@ -166,7 +173,9 @@ class Evaluation:
     top_p: float = setting(0.95, '(0, 1]') # Sample from the most probable tokens that make up this probability
     max_new_tokens: int = setting(512, '[1, 1e7]') # Longest answer, in tokens
     limit: int|None = setting(None, '[1, 1e9]') # Only the first problems (null: all)
-    self_speculative: bool = True # Draft with the policy's own heads, where it has several
+    # Draft with the policy's own heads, where it has several, one answer at a time; false: in batches
+    self_speculative: bool = True
+    batch_size: int = setting(64, '[1, 1e5]') # Answers at a time where nothing is drafted
     packages: list[str] = field(default_factory=list) # Packages that programs may import, such as [numpy]
 
 @dataclass

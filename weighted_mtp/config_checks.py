@@ -23,7 +23,18 @@ def _training(config):
     t, c = config.training, config.critic
     low, high = t.weight_clip_min, t.weight_clip_max
     if low > high: yield f"training.weight_clip_min = {low} is above training.weight_clip_max = {high}."
-    if config.pipeline == 'critic' and not (c.pairwise_weight or c.value_weight):
+    if t.weighting != 'credit' and config.pipeline != 'verifiable':
+        yield (f"training.weighting = {t.weighting} belongs to the pipeline verifiable, not to {config.pipeline}: "
+               "leave it out.")
+    by_credit = config.pipeline == 'verifiable' and t.weighting in ('credit', 'shuffled', 'oracle')
+    if by_credit and t.credit_floor >= high:
+        yield (f"training.credit_floor = {t.credit_floor} is not below training.weight_clip_max = {high}: all tokens "
+               "would weigh the same.")
+    if config.pipeline != 'critic': return
+    if c.head == 'ratio' and config.model.tuning == 'frozen':
+        yield ("model.tuning = frozen leaves nothing to train with critic.head = ratio, whose two language models differ "
+               "by what they learn: choose lora or full.")
+    if c.head != 'ratio' and not (c.pairwise_weight or c.value_weight):
         yield "critic.pairwise_weight and critic.value_weight are both 0: there is nothing to train."
 
 def _difficulty(config):

@@ -22,7 +22,7 @@ from .files import UserError, locked
 from .jsonl import check_file
 
 # %% ../nbs/data/03_corpus.ipynb #d8b0964a
-FORMAT = 1 # of what is kept; another number: everything is made anew
+FORMAT = 2 # of what is kept; another number: everything is made anew
 
 def corpus_key(
     path, # JSONL file of solutions
@@ -81,7 +81,7 @@ def read_index(
 def _schema(n_vocabulary):
     ids = pa.list_(pa.uint16() if n_vocabulary <= 2**16 else pa.uint32())
     numbers = dict(prompt=pa.int32(), problem=pa.int32(), correct=pa.bool_(), difficulty=pa.int16(), kind=pa.int8(),
-                   first=pa.int32(), last=pa.int32())
+                   first=pa.int32(), last=pa.int32(), critical=pa.list_(pa.int32()))
     return pa.schema(dict(ids=ids, **numbers))
 
 class _Numbered(dict): # keys and their numbers, in order of appearance
@@ -99,7 +99,7 @@ def _tokenise(path, folder, tokenizer, blind): # write solutions and prompts; th
     with pa.OSFile(str(folder/'solutions.arrow'), 'wb') as sink, pa.ipc.new_file(sink, schema) as out, \
          _byte_bar(path) as bar:
         for rows in read_lines(path, bar.update):
-            ids, spans = encode_responses(rows, tokenizer)
+            ids, spans, critical = encode_responses(rows, tokenizer)
             is_correct = [r['is_correct'] for r in rows]
             problem.extend(problems[str(r['problem_id'])] for r in rows)
             prompt.extend(prompts[prompt_of(r, blind)] for r in rows)
@@ -108,7 +108,8 @@ def _tokenise(path, folder, tokenizer, blind): # write solutions and prompts; th
             difficulty.extend(r['difficulty'] for r in rows)
             first, last = zip(*(s or (-1, -1) for s in spans))
             k = -len(rows) # this chunk is the end of the arrays
-            columns = [ids, prompt[k:], problem[k:], is_correct, difficulty[k:], [_kind(r) for r in rows], first, last]
+            columns = [ids, prompt[k:], problem[k:], is_correct, difficulty[k:], [_kind(r) for r in rows], first, last,
+                       critical]
             out.write_batch(pa.record_batch(columns, schema=schema))
     longest = _write_prompts(prompts, folder, tokenizer)[np.array(prompt)]
     arrays = np.array(problem), np.array(tokens), np.array(correct, bool), np.array(difficulty)
@@ -156,10 +157,11 @@ class Corpus:
         self.prompts = prompts['ids']
     def __len__(self): return len(self.rows)
     def __getitem__(self, i)->Sample|None: # None where the prompt leaves no room for a response
-        ids, prompt, problem, correct, difficulty, kind, first, last = (c[int(i)].as_py() for c in self.columns)
+        values = (c[int(i)].as_py() for c in self.columns)
+        ids, prompt, problem, correct, difficulty, kind, first, last, critical = values
         span = None if first < 0 else (first, last)
-        return join(self.prompts[prompt].as_py(), ids, self.max_length, span, problem_id=self.index.problem_id[problem],
-                    is_correct=correct, difficulty=difficulty, kind=KINDS[kind])
+        return join(self.prompts[prompt].as_py(), ids, self.max_length, span, critical, is_correct=correct,
+                    difficulty=difficulty, kind=KINDS[kind], problem_id=self.index.problem_id[problem])
 
 def open_corpus(
     path, # JSONL file of solutions

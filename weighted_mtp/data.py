@@ -30,12 +30,14 @@ def _wrong(row): # what is wrong with a solution, or None
         if type(row[name]) not in kind: return f"field '{name}' is {row[name]!r:.60}, not {_type_name(name)}."
     if not 0 <= row['difficulty'] <= _LARGEST:
         return f"field 'difficulty' is {row['difficulty']:.9g}: it goes from 1 to 25, 0 where it is unknown."
-    kind, span, twin = row.get('kind'), row.get('mutation'), row.get('twin')
+    kind, span, twin, spans = (row.get(k) for k in ('kind', 'mutation', 'twin', 'critical'))
     if not (kind is None or isinstance(kind, str)): return f"field 'kind' is {kind!r:.60}, not text."
     if not (twin is None or type(twin) is int):
         return f"field 'twin' is {twin!r:.60}, not a line of this file."
     if span is not None and not _is_span(span):
         return f"field 'mutation' is {span!r:.60}, not [start, end] in characters."
+    if spans is not None and not (type(spans) is list and all(map(_is_span, spans))):
+        return f"field 'critical' is {spans!r:.60}, not a list of [start, end] in characters."
 
 def _type_name(name): return getattr(FIELDS[name], '__name__', 'text or a number')
 
@@ -94,6 +96,7 @@ class Sample:
     difficulty: int
     kind: str = '' # 'correct', 'mutant', 'sibling', or '' where the file does not say
     mutation: tuple|None = None # First and last mutated token, counted in `ids`
+    critical: tuple = () # Tokens that decide whether it is correct, counted in `ids`; empty where the file does not say
 
     @property
     def n_response(self): return len(self.ids) - self.n_prompt
@@ -104,6 +107,10 @@ def _token_span(offsets, span): # characters [start, end) -> first and last toke
     hit = [i for i, (a, b) in enumerate(offsets) if b > start and a < max(end, start+1)]
     return (hit[0], hit[-1]) if hit else None
 
+def _tokens_of(offsets, spans): # characters -> all tokens that touch them, in order
+    found = (_token_span(offsets, s) for s in spans)
+    return sorted({i for hit in found if hit for i in range(hit[0], hit[1]+1)})
+
 def encode_prompts(
     prompts, # Texts
     tokenizer, # A fast Hugging Face tokenizer with an EOS token
@@ -113,28 +120,31 @@ def encode_prompts(
     return [bos + ids for ids in tokenizer(list(prompts), add_special_tokens=False)['input_ids']]
 
 def encode_responses(
-    rows, # Dicts with `output` and, perhaps, `mutation`
+    rows, # Dicts with `output` and, perhaps, `mutation` and `critical`
     tokenizer,
-): # Lists of ids with EOS; of each, first and last mutated token or None
+): # Lists of ids with EOS; of each, first and last mutated token or None; of each, a list of its critical tokens
     "Tokenise responses."
-    marked = any(r.get('mutation') for r in rows)
+    marked = any(r.get('mutation') or r.get('critical') for r in rows)
     enc = tokenizer([r['output'] for r in rows], add_special_tokens=False, return_offsets_mapping=marked)
     offsets = enc['offset_mapping'] if marked else [None]*len(rows)
     spans = [_token_span(o, r['mutation']) if r.get('mutation') else None for r, o in zip(rows, offsets)]
-    return [ids + [tokenizer.eos_token_id] for ids in enc['input_ids']], spans
+    critical = [_tokens_of(o, r.get('critical') or ()) for r, o in zip(rows, offsets)]
+    return [ids + [tokenizer.eos_token_id] for ids in enc['input_ids']], spans, critical
 
 def join(
     prompt:list[int], # As `encode_prompts` gives it
     response:list[int], # As `encode_responses` gives it
     max_length:int, # Of both together, in tokens
     span=None, # First and last mutated token of the response
+    critical=(), # Critical tokens of the response
     **facts, # The other fields of `Sample`
 )->Sample|None: # None where the prompt leaves no room for a response
     "A prompt and a response as one sample; what goes over `max_length` is cut off."
     n = len(prompt)
     if n >= max_length: return None
     if span: span = None if span[0]+n >= max_length else (span[0]+n, min(span[1]+n, max_length-1))
-    return Sample((prompt + response)[:max_length], n, **facts, mutation=span)
+    kept = tuple(i+n for i in critical if i+n < max_length)
+    return Sample((prompt + response)[:max_length], n, **facts, mutation=span, critical=kept)
 
 def facts_of(
     row:dict, # A solution
@@ -158,8 +168,8 @@ def encode_solutions(
 )->list[Sample|None]: # One a row; None where the prompt leaves no room for a response
     "Tokenise prompts and responses apart and join them."
     prompts = encode_prompts([prompt_of(r, blind) for r in rows], tokenizer)
-    responses, spans = encode_responses(rows, tokenizer)
-    return [join(p, ids, max_length, span, **facts_of(r)) for r, p, ids, span in zip(rows, prompts, responses, spans)]
+    parts = zip(rows, prompts, *encode_responses(rows, tokenizer))
+    return [join(p, ids, max_length, span, critical, **facts_of(r)) for r, p, ids, span, critical in parts]
 
 # %% ../nbs/data/02_data.ipynb #0515c015
 SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
@@ -192,17 +202,18 @@ KINDS = ('', 'correct', 'mutant', 'sibling') # position = code in a batch
 def collate_solutions(
     samples, # Items of a `SolutionDataset`
     pad_id:int, # Padding token
-)->dict: # input_ids, attention_mask, labels (B, T); problem_id, a list
+)->dict: # input_ids, attention_mask, labels (B, T); critical (B, T) bool; problem_id, a list
     "Pad B solutions to a batch of B rows."
     rows = [s or Sample([pad_id], 1, '', True, 0) for s in samples]
     T = max(len(s.ids) for s in rows)
     ids, labels = torch.full((len(rows), T), pad_id), torch.full((len(rows), T), -100)
-    mask = torch.zeros(len(rows), T, dtype=torch.long)
+    mask, critical = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
     for i, s in enumerate(rows):
         n, row = len(s.ids), torch.tensor(s.ids)
         ids[i, :n], mask[i, :n], labels[i, s.n_prompt:n] = row, 1, row[s.n_prompt:]
+        critical[i, list(s.critical)] = True
     problems = [s.problem_id for s in rows if s.problem_id]
-    return dict(input_ids=ids, attention_mask=mask, labels=labels, problem_id=problems)
+    return dict(input_ids=ids, attention_mask=mask, labels=labels, critical=critical, problem_id=problems)
 
 def collate_pairs(
     pairs, # Items of a `PairDataset`

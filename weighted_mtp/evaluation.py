@@ -15,7 +15,7 @@ from .answer_tests import check_references
 from .answers import extract_code, whole_program # public here
 from .benchmarks import BENCHMARKS, load_benchmark
 from .data import stored_tokenizer
-from .files import UserError, project_root, read_json, write_text
+from .files import UserError, model_folder, project_root, read_json, write_text
 from .model_evaluation import evaluate # public here
 from .models import load_backbone, load_policy, read_checkpoint
 from .runs import is_main, print_metrics, record_dir, tracked_run
@@ -27,11 +27,11 @@ _all_ = ['evaluate', 'extract_code', 'pass_at_k', 'whole_program']
 
 # %% ../nbs/evaluation/14_evaluation.ipynb #86cf1948
 def load_model(
-    path, # A checkpoint of this package, or a folder that transformers can load
+    path, # A checkpoint of this package, a folder that transformers can load, or `micro-base`
     tokenizer=None, # Folder or hub name (default: the checkpoint's own)
 ): # (model, tokenizer), on the GPU where there is one
     "A model to evaluate, with its tokenizer. Raises `UserError` where they are missing or do not fit."
-    path = Path(path)
+    path = Path(model_folder(path))
     if not path.exists(): raise UserError(f"Checkpoint {path} not found.")
     if path.is_dir(): model, own = load_backbone(path, 'auto', 'checkpoint'), tokenizer or path
     else: model, own = load_policy(path), tokenizer or _stored_tokenizer(path)
@@ -58,7 +58,7 @@ def _load_tokenizer(name):
         raise UserError(f"{name} holds no tokenizer ({reason}). G{_GIVE_TOKENIZER}") from None
 
 def _fingerprint(path): # of the weights in a checkpoint or a folder: 12 hexadecimal digits
-    path, h = Path(path), hashlib.sha256()
+    path, h = Path(model_folder(path)), hashlib.sha256()
     for f in sorted(path.glob('*.safetensors')) if path.is_dir() else [path]:
         with open(f, 'rb') as file: h.update(hashlib.file_digest(file, 'sha256').digest())
     return h.hexdigest()[:12]

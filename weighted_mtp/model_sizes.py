@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .files import UserError, project_root, read_json
+from .files import UserError, model_folder, project_root, read_json
+from .schema import BY_CRITIC
 
 # %% ../nbs/models/12_model_sizes.ipynb #44c877ab
 VOCAB = 1024 # tokens of the embedded tokenizer, at most
@@ -46,7 +47,7 @@ def architecture(
     if model.backbone == 'micro':
         ffn = round(model.hidden_size*11008/4096/32)*32 # Llama's ratio
         return make_shape('micro', model.hidden_size, model.n_layers, model.n_heads, ffn, VOCAB, tied=True)
-    file = project_root()/model.backbone/'config.json'
+    file = project_root()/model_folder(model.backbone)/'config.json'
     if file.is_file(): return shape_from_file(file)
     name = model.backbone.lower()
     return next((make_shape(**shape) for size, shape in KNOWN.items() if re.search(size, name)), None)
@@ -117,6 +118,7 @@ def other_model(
 ): # An architecture; None where the pipeline holds no other model
     "The shape of the frozen critic or reference."
     if c.pipeline not in ('verifiable', 'rho1'): return None
+    if c.pipeline == 'verifiable' and c.training.weighting not in BY_CRITIC: return None
     e = c.experiment
     path = e.critic_checkpoint if c.pipeline == 'verifiable' else e.reference_checkpoint
     return shape_of_checkpoint(path or '') or (a if c.model.backbone == 'micro' else make_shape(**KNOWN[r'2\.7b']))

@@ -203,20 +203,20 @@ def _figure(title, instruction, caption, rows):
 def weights_picture(
     instruction:str, # The problem
     tokens, # Texts that make up the program
-    values, advantages, weights, # One number a token each
+    value=None, advantage=None, weight=None, credit=None, # One number a token each; None: no such row
     title:str='A held-out program as the critic weighs it',
-    credit:str='advantage', # What the weights come from: advantage, or r
 )->str: # A piece of HTML
-    "One program, coloured by value, by advantage or credit, and by weight."
-    v, a, w = (np.array(x) for x in (values, advantages, weights))
+    "One program, coloured by value, by credit or advantage, and by weight."
     def around(x, middle): return TwoSlopeNorm(middle, min(x.min(), middle-1e-6), max(x.max(), middle+1e-6))
-    def row(name, x, *how): return _row(name, token_html(tokens, x, *how))
-    value_norm = AsinhNorm(v.std() or 1, v.min(), v.max())
-    rows = (row('value', values, value_norm) + row(credit, advantages, around(a, 0))
-            + row('weight', weights, around(w, 1), 'PuOr'))
-    caption = (f'{credit} from {a.min():.2f} (red) to {a.max():.2f} (green); '
-               f'weights from {w.min():.2f} (orange) to {w.max():.2f} (purple), white is 1.')
-    return _figure(title, instruction, caption, rows)
+    def near(x): return AsinhNorm(x.std() or 1, x.min(), x.max() if x.max() > x.min() else x.min()+1e-6)
+    looks = dict(value=(value, near, 'RdYlGn'), credit=(credit, lambda x: around(x, 0), 'RdYlGn'),
+                 advantage=(advantage, lambda x: around(x, 0), 'RdYlGn'),
+                 weight=(weight, lambda x: around(x, 1), 'PuOr'))
+    looks = {name: (np.array(x), norm, cmap) for name, (x, norm, cmap) in looks.items() if x is not None}
+    rows = ''.join(_row(name, token_html(tokens, x, norm(x), cmap)) for name, (x, norm, cmap) in looks.items())
+    spans = [f'{name} from {x.min():.2f} to {x.max():.2f}' for name, (x, *_) in looks.items()]
+    caption = f"{'; '.join(spans)}. Green is high, of the weight purple; white is 0, of the weight 1."
+    return _figure(title, instruction, caption[0].upper() + caption[1:], rows)
 
 # %% ../nbs/evaluation/15_pictures.ipynb #6dd4be75
 def choice_picture(

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from .config import apply_overrides
 from .config_values import parse_yaml
 from .env_secrets import check_env, known_secrets, load_env, vessl_tokens
-from .files import UserError, flatten, project_root, read_json, read_utf8
+from .files import UserError, flatten, model_folder, project_root, read_json, read_utf8
 from .records import git_state, on_remote, read_records, short_path
 from .request import path_exists
+from .schema import BY_CRITIC
 
 # %% ../nbs/launching/05_preflight.ipynb #ef562ae7
 def leaked_secrets(
@@ -59,8 +60,9 @@ def _env_problems(): # lines of `.env` that cannot be used; raises where the fil
 
 def _checkpoint_needed(config): # pipeline -> (what, path, advice)
     run, evaluated = config.experiment, config.evaluation.checkpoint
+    critic = 'critic', run.critic_checkpoint, 'train a critic first, or give critic_checkpoint=PATH.'
     return dict(
-        verifiable=('critic', run.critic_checkpoint, 'train a critic first, or give critic_checkpoint=PATH.'),
+        **({'verifiable': critic} if config.training.weighting in BY_CRITIC else {}),
         rho1=('reference', run.reference_checkpoint,
               'run ref_tuning first, or override experiment.reference_checkpoint=PATH.'),
         evaluation=('policy', evaluated, 'train a policy first, or override evaluation.checkpoint=PATH.'))
@@ -75,7 +77,7 @@ def local_blockers(
     if r['pipeline'] not in (needed := _checkpoint_needed(config)): return
     what, path, advice = needed[r['pipeline']]
     if not path: yield f"{r['pipeline']} needs a {what} checkpoint: {advice}"
-    elif not path_exists(project_root()/path, Path.exists):
+    elif not path_exists(project_root()/model_folder(path), Path.exists):
         yield f"{what.capitalize()} checkpoint {path} not found: {advice}"
 
 def vessl_blockers(
@@ -135,7 +137,8 @@ def vessl_warnings(
     site, # `load_site()`
 ):
     "Yield what may surprise about a run on VESSL."
-    if r['pipeline'] == 'verifiable' and not _critic_finished():
+    by_critic = r['pipeline'] == 'verifiable' and config.training.weighting in BY_CRITIC
+    if by_critic and not _critic_finished():
         needed = config.experiment.critic_checkpoint or 'a critic checkpoint'
         yield f"No record shows a finished critic run: make sure that the cluster has {needed}."
     yield from code_warnings(site)

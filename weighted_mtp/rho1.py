@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .files import UserError
 from .models import build_policy, load_backbone, load_policy
 from .policy_objective import (PolicyObjective, batch_of_one, check_vocabulary, concat_padded, freeze,
-                                           problem_text, token_texts)
+                                           is_divided, known_weights, losses_ahead, problem_text, token_texts)
 from .pictures import choice_picture
 from .weighting import select_tokens, selected_count
 
@@ -67,14 +67,11 @@ class Rho1Objective(PolicyObjective):
         """Put the reference's losses into every micro-batch, and `weights` (B, T, n) where the step has several.
         Collective: call on all ranks."""
         for b in batches: b['reference_ce'] = self.extra_targets(b)
-        if len(batches) > 1 or trainer.accelerator.num_processes > 1: self._look_ahead(trainer, batches)
+        if is_divided(trainer, batches): self._look_ahead(trainer, batches)
         return {}
 
     def weights(self, batch): # a function of the token losses, where they are not known yet
-        def select(ce):
-            batch['weights'] = self.select(ce, batch['reference_ce'], batch['labels'] != -100)
-            return batch['weights']
-        return batch.get('weights', select)
+        return known_weights(batch, lambda ce: self.select(ce, batch['reference_ce'], batch['labels'] != -100))
 
     def loss(self, model, batch, totals):
         "The loss, and besides its parts the share of selected targets by head."
@@ -88,12 +85,10 @@ class Rho1Objective(PolicyObjective):
 @patch
 @torch.no_grad()
 def _look_ahead(self:Rho1Objective, trainer, batches): # select over all micro-batches of all ranks
-    model, gather, n = trainer.model.eval(), trainer.accelerator, self.n
-    def row(b): # (B, T, 1 + 2n): mask, policy's and reference's losses
-        ce = model(b['input_ids'], b['attention_mask'], labels=b['labels']).token_ce
+    gather, n = trainer.accelerator, self.n
+    def row(b, ce): # (B, T, 1 + 2n): mask, policy's and reference's losses
         return torch.cat([(b['labels'] != -100)[..., None].float(), ce, b['reference_ce']], -1)
-    rows = [row(b) for b in batches]
-    model.train()
+    rows = [row(b, ce) for b, ce in zip(batches, losses_ahead(trainer, batches))]
     mine = gather.pad_across_processes(concat_padded(rows), dim=1)
     mask, policy, reference = gather.gather(mine).split([1, n, n], -1)
     selected = self.select(policy, reference, mask[..., 0]).view(-1, *mine.shape[:2], n)[gather.process_index]

@@ -21,7 +21,7 @@ from .checkpoints import (BEST, FINAL, config_fingerprint, epoch_checkpoints, ne
                                       save_file)
 from .config import load_config, to_yaml
 from .data import vocabulary_id
-from .files import UserError, flatten, project_root, read_json, write_text
+from .files import UserError, flatten, model_folder, project_root, read_json, write_text
 from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
 from .sharding import full_state_dict, load_full_state_dict
@@ -139,12 +139,12 @@ def _uploader(config, resumed): # to S3, if the config asks for it; what an inte
 @contextmanager
 def tracked_run(
     config, # A loaded config
-): # `result`, a dict to fill: checkpoints, metrics, seconds by name, paths of pictures; and `run`, for `fit`
+): # `result`, a dict to fill: checkpoints, metrics, seconds by name, paths of pictures, warnings; and `run`, for `fit`
     "Do what is inside as an MLflow run, and leave `result.json` in the run's record."
     run, = broadcast_object_list([begin_run(config, int(os.environ.get('WORLD_SIZE', 1))) if is_main() else None])
     resumed = bool(run['checkpoint'])
     result = dict(mlflow_run_id=None, mlflow_uri=None, checkpoints={}, metrics={}, seconds={}, resumed=resumed,
-                  pictures=[])
+                  pictures=[], warnings=[])
     if not is_main():
         yield result, run
         return
@@ -178,6 +178,7 @@ def fit(
 )->Trainer:
     "Train an objective. Raises `Stopped` after SIGTERM. Collective: call on all ranks."
     trainer = make_trainer(objective, config, run)
+    if hasattr(objective, 'start'): objective.start(trainer) # what it has to know of the models before training
     if run and run.get('tracker'): trainer.on_log.append(_log_to(run['tracker'], run['history']))
     if record_dir():
         total = trainer.max_steps
@@ -217,7 +218,7 @@ def load_parts(
     if m.backbone == 'micro' and not where:
         raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or "
                         "dataset.embedded=true.")
-    tokenizer = _load_tokenizer(where or m.backbone)
+    tokenizer = _load_tokenizer(where or model_folder(m.backbone))
     if m.backbone == 'micro':
         from weighted_mtp.synthetic import make_micro_model
         return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers,
@@ -247,7 +248,7 @@ def _same_tokens(tokenizer, where, name, n): # a model reads numbers: with anoth
     if len(tokenizer) > n:
         raise UserError(f"model.tokenizer = {where or name} has {len(tokenizer)} tokens, model.backbone = {name} "
                         f"knows {n}: not the tokenizer that it was trained with.")
-    try: own = AutoTokenizer.from_pretrained(name) if where else None
+    try: own = AutoTokenizer.from_pretrained(model_folder(name)) if where else None
     except (OSError, ValueError): own = None # it has none with it
     if own and vocabulary_id(own) != vocabulary_id(tokenizer):
         raise UserError(f"model.tokenizer = {where} gives tokens other numbers than the tokenizer of model.backbone = "

@@ -179,11 +179,12 @@ def load_solutions(
     n:int, # Solutions an epoch
     config, # A loaded config: its sections `dataset` and `data_sampling`
 )->SolutionDataset:
-    "Open and draw correct solutions, at most `max_pairs_per_problem` of one problem. Raises `UserError` for none."
+    """Open and draw solutions, at most `max_pairs_per_problem` of one problem: the correct ones, unless
+    `data_sampling.solutions` is `all`. Raises `UserError` for none."""
     s, d = config.data_sampling, config.dataset
     corpus, use, lengths = _open_usable(path, tokenizer, config)
     index = corpus.index
-    kept = np.flatnonzero(use & index.correct)
+    kept = np.flatnonzero(use & (index.correct | (s.solutions == 'all')))
     rank = _rank(index.problem[kept], np.random.default_rng(s.seed).random(len(kept)))
     kept = kept[rank < s.max_pairs_per_problem]
     drawn, epochs = draw_epochs(index.difficulty[index.problem[kept]], s, n)

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from .adapters import add_lora
-from .backbones import BackboneConfig, BackboneModel
+from .backbones import BackboneConfig, CalibratedModel
 from .files import UserError
+from .weighting import td_errors
 
 # %% ../nbs/models/05_value_model.ipynb #0409e92f
 def token_surprise(
@@ -72,6 +73,7 @@ class ValueConfig(BackboneConfig):
     head: str = 'mlp'
     head_dropout: float = 0.
     head_bias: float = 0.
+    initial_value: float = .5
 
 @dataclass
 class ValueOutput(ModelOutput):
@@ -80,19 +82,20 @@ class ValueOutput(ModelOutput):
     logp: torch.Tensor|None = None # (B, T) float32: log-probability of each token under the backbone, 0 where not asked
 
 # %% ../nbs/models/05_value_model.ipynb #30e4c26c
-class ValueModel(BackboneModel):
+class ValueModel(CalibratedModel):
     "A causal language model with a value for every prefix."
     config_class = ValueConfig
 
     def __init__(self, config, backbone=None):
         super().__init__(config)
         self.attach_backbone(backbone)
+        D = self.backbone.config.get_text_config().hidden_size
+        self.head = ValueHead(D, config.head, config.head_dropout, config.head_bias)
+        self.attach_calibration() # of the mean value, where the head is unbounded
+        self.post_init() # before the adapters: it draws numbers for all layers that it does not know
         if config.lora:
             add_lora(self.backbone, config.lora)
             self.update_tied_names()
-        D = self.backbone.config.get_text_config().hidden_size
-        self.head = ValueHead(D, config.head, config.head_dropout, config.head_bias)
-        self.post_init()
 
     def forward(self,
         input_ids, attention_mask=None, # (B, T)
@@ -109,6 +112,18 @@ class ValueModel(BackboneModel):
             logp, gap = token_surprise(hidden, self.compute_logits, input_ids, mask)
         values = self.head(hidden, torch.stack([logp, gap], -1).detach())
         return ValueOutput(values=values, logp=logp if with_logp else None)
+
+    @property
+    def initial_value(self): return self.config.initial_value # V before the first response token
+
+    @torch.no_grad()
+    def credit(self,
+        input_ids, attention_mask, # (B, T)
+        mask, # (B, T) response tokens
+    ): # (r, V): (B, T) float32 each, 0 where masked
+        "TD errors and values; only `sigmoid` keeps values between 0 and 1."
+        values = self(input_ids, attention_mask, mask).values
+        return td_errors(values, mask, initial_value=self.initial_value), values.masked_fill(mask == 0, 0.)
 
 AutoConfig.register(ValueConfig.model_type, ValueConfig, exist_ok=True)
 AutoModel.register(ValueConfig, ValueModel, exist_ok=True)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .files import UserError, model_folder, project_root, read_json
+from .files import MICRO_BASE, UserError, model_folder, project_root, read_json
 from .schema import BY_CRITIC
 
 # %% ../nbs/models/12_model_sizes.ipynb #44c877ab
@@ -146,7 +146,8 @@ def other_model(
     if c.pipeline == 'verifiable' and c.training.weighting not in BY_CRITIC: return None
     e = c.experiment
     path = e.critic_checkpoint if c.pipeline == 'verifiable' else e.reference_checkpoint
-    return shape_of_checkpoint(path or '') or (a if c.model.backbone == 'micro' else make_shape(**KNOWN[r'2\.7b']))
+    known, is_small = shape_of_checkpoint(path or ''), c.model.backbone in ('micro', MICRO_BASE)
+    return known or (a if is_small else make_shape(**KNOWN[r'2\.7b']))
 
 def inference_parameters(a):
     "Of a model without further heads, or of both copies of a ratio critic; adapters are too small to count."

@@ -33,10 +33,13 @@ def demo_stages(
 )->list: # Two lists of requests
     "What runs on each core."
     steps = dict(critic=CRITIC_STEPS, verifiable=POLICY_STEPS, baseline=POLICY_STEPS)
-    def train(p): return _request(p, p, f'model.backbone={base}', f'training.max_steps={steps[p]}', *overrides)
+    def train(p, *more):
+        return _request(p, p, f'model.backbone={base}', f'training.max_steps={steps[p]}', *more, *overrides)
     def evaluate(name, *more):
         return _request(f'evaluation-{name}', 'evaluation', f'evaluation.limit={problems}', *more)
-    return [[train('critic'), train('verifiable'), evaluate('verifiable')],
+    # A second critic, without the problems, would take as long again, and so would judging all pairs
+    critic = train('critic', 'critic.blind_yardstick=false', f'data_sampling.n_validation={problems}')
+    return [[critic, train('verifiable'), evaluate('verifiable')],
             [evaluate('base', f'evaluation.checkpoint={base}'), train('baseline'), evaluate('baseline')]]
 
 # %% ../nbs/launching/17_demo.ipynb #0562b542
@@ -72,9 +75,11 @@ def slowness(
     now:float, # Seconds
 )->float:
     "How many times as long as expected work takes here."
-    spent = sum((c.ended or now) - c.worked for c in clocks if c.worked is not None and c.share > .05)
-    expected = sum(c.expected[1]*c.share + (c.expected[2] if c.ended else 0) for c in clocks
-                   if c.worked is not None and c.share > .05)
+    at_work = [c for c in clocks if c.worked is not None and c.share > .05]
+    late = [c for c in clocks if c.began is not None and c.worked is None and now - c.began > c.expected[0]]
+    spent = sum((c.ended or now) - c.worked for c in at_work) + sum(now - c.began for c in late)
+    expected = (sum(c.expected[1]*c.share + c.expected[2]*bool(c.ended) for c in at_work)
+                + sum(c.expected[0] for c in late))
     return float(np.clip((spent + 20)/(expected + 20), .2, 20)) # 20 s as expected, lest the first second decide
 
 def time_left(

@@ -23,12 +23,12 @@ from .files import UserError, write_text
 from .first_error import first_error_parts, mean_risk, programs_known
 from .first_wrong import with_first_wrong
 from .losses import pairwise_loss, value_loss
-from .models import build_first_error_model, build_ratio_model, build_value_model, load_critic_model
+from .models import ValueModel, build_first_error_model, build_ratio_model, build_value_model, load_critic_model
 from .pictures import critic_picture, write_page
 from .policy_objective import check_vocabulary, freeze
 from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .sampling import load_pairs
-from .weighting import lambda_returns, lambda_schedule, td_errors
+from .weighting import lambda_returns, lambda_schedule
 
 # %% ../nbs/training/09_critic.ipynb #ecb62a7d
 EVIDENCE_HEADS = ('ratio', 'first_error') # whose evidence adds up to log-odds; the others are heads on hidden states
@@ -214,14 +214,13 @@ def token_values(
     model, # A critic
     tokenizer, # Its tokenizer
     sample, # A `data.Sample`
-): # (token texts, values, |delta|) of its response
+): # (token texts, V after each, r of each; δ for a value head) of its response
     "How one response looks to the critic."
     ids = torch.tensor([sample.ids], device=next(model.parameters()).device)
     mask = torch.arange(ids.shape[1], device=ids.device)[None] >= sample.n_prompt
-    v = model.credit(ids, torch.ones_like(ids), mask)[1]
-    delta = td_errors(v, mask, initial_value=model.initial_value).abs()
+    r, v = (x[0, sample.n_prompt:].tolist() for x in model.credit(ids, torch.ones_like(ids), mask))
     texts = [tokenizer.decode([i]) for i in sample.ids[sample.n_prompt:]]
-    return texts, v[0, sample.n_prompt:].tolist(), delta[0, sample.n_prompt:].tolist()
+    return texts, v, r
 
 def _mutants(rows): # the first of each problem whose correct counterpart is in the file
     first = {}
@@ -236,7 +235,7 @@ def picture_of_pair(
     max_length:int=2048, # Tokens; a longer solution has no picture
     which:int=0, # Index of the problem in the file; its first mutant is shown
 )->str: # HTML, or '' where the file has no mutants with counterparts
-    "A wrong solution and its correct counterpart, coloured by the critic."
+    "A wrong solution and its correct counterpart, as the critic sees them."
     rows = read_solutions(path)
     mutants = _mutants(rows)
     if not mutants: return ''
@@ -245,7 +244,8 @@ def picture_of_pair(
     if a is None or b is None: return ''
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
     values = (token_values(model, tokenizer, s) for s in (a, b))
-    return critic_picture(wrong['instruction'], *values, marked)
+    credit = 'δ' if isinstance(model, ValueModel) else 'r'
+    return critic_picture(wrong['instruction'], *values, marked, initial=float(model.initial_value), credit=credit)
 
 # %% ../nbs/training/09_critic.ipynb #a1700906
 def load_critic(

@@ -19,10 +19,12 @@ from omegaconf import OmegaConf
 
 from .config import total_steps
 from .files import UserError, project_root, read_json
-from .model_sizes import (architecture, as_attributes, count_parameters, inference_parameters,
+from .model_sizes import (architecture, as_attributes, count_parameters, inference_parameters, is_ratio,
                                       matrix_parameters, other_model)
 
 # %% ../nbs/launching/02_estimate.ipynb #16d0e201
+def _passes(c): return 2 if is_ratio(c) and c.critic.bce_weight else 1 # models that read each solution in training
+
 def memory_sizes(
     c, # A config as attributes
     a, # `architecture` of its backbone
@@ -30,12 +32,15 @@ def memory_sizes(
     gpu:bool=True, # False: processes on a CPU
 )->SimpleNamespace:
     """What memory depends on. `c` config, `a` architecture (its sizes D, q, kv, ffn: `model_sizes`), `p` parameters;
-    `tokens` of a micro-batch; bytes of a number `stored` and of one in a product, `width`; `shards`, `copies`."""
+    `tokens` of a micro-batch, once for each model that reads them; bytes of a number `stored` and of one in a product,
+    `width`; `shards`, `copies`; `keeps_logits`: a loss or an evaluation that needs the logits of all tokens."""
     is_half = gpu and c.model.dtype == 'bfloat16'
     shards = ngpus if c.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
-    tokens = c.training.batch_size*c.dataset.max_length*(2 if c.pipeline == 'critic' else 1) # of a pair
+    is_critic = c.pipeline == 'critic'
+    tokens = c.training.batch_size*c.dataset.max_length*_passes(c)*(2 if is_critic else 1) # of a pair
     return SimpleNamespace(c=c, a=a, p=count_parameters(c, a), gpu=gpu, tokens=tokens, shards=shards,
-                           copies=ngpus//shards, full=c.model.tuning == 'full', is_critic=c.pipeline == 'critic',
+                           copies=ngpus//shards, full=c.model.tuning == 'full', is_ratio=is_ratio(c),
+                           keeps_logits=is_critic and (not is_ratio(c) or c.critic.bce_weight > 0),
                            stored=2 if is_half and c.model.backbone != 'micro' else 4, width=2 if is_half else 4)
 
 # %% ../nbs/launching/02_estimate.ipynb #16d0e204
@@ -77,8 +82,8 @@ def logit_bytes(s, copies):
 def loss_bytes(s):
     "What the last norm, the head and the loss keep through the backward pass."
     D = s.a.D
-    if s.is_critic: return s.tokens*D*(8 + s.width)
-    of_unembedding = s.full*s.a.vocab*D*(4 if s.stored == 4 else 6)
+    if s.keeps_logits: return s.tokens*D*(8 + s.width)
+    of_unembedding = (1 + s.is_ratio)*s.full*s.a.vocab*D*(4 if s.stored == 4 else 6)
     return s.tokens*s.p.heads*D*(4 + (1 + s.full)*s.width) + of_unembedding
 
 def _working_bytes_of_block(s):
@@ -88,7 +93,8 @@ def _working_bytes_of_block(s):
 
 def _working_bytes_of_loss(s):
     a, critic = s.a, s.c.critic
-    if s.is_critic: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)
+    if s.is_ratio and s.keeps_logits: return logit_bytes(s, 4)
+    if s.keeps_logits: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)
     rows = s.tokens*s.p.heads
     chunk = min(max(1, a.D//4, 2**17//a.vocab), rows) # as `losses.mtp_loss` cuts them
     return rows*a.D*s.width + chunk*a.vocab*(4 if s.width == 4 else 6)
@@ -120,7 +126,7 @@ def saving_bytes(s):
     "What saving and evaluation need outside of steps."
     copies = 0 if s.gpu else 4*s.p.trainable # in main memory; of the weights, later of both moments too
     saving = max(copies + (s.p.total*s.stored if s.shards > 1 else 0), 3*copies)
-    return max(saving, logit_bytes(s, 2) if s.is_critic else 0)
+    return max(saving, logit_bytes(s, 2) if s.keeps_logits and not s.is_ratio else 0)
 
 def memory_parts(
     c, # A config as attributes
@@ -146,7 +152,8 @@ def _forward_flops(a, blocks, length): return blocks*(2*matrix_parameters(a) + 4
 
 def _unembedding_flops(c, a, p): # for each token: all heads' products with the unembedding
     is_full = c.model.tuning == 'full'
-    if c.pipeline == 'critic': products = 2+is_full if c.critic.lm_weight else 1 if c.critic.head == 'surprise' else 0
+    if is_ratio(c): products = 2 + is_full
+    elif c.pipeline == 'critic': products = 2+is_full if c.critic.lm_weight else 1 if c.critic.head == 'surprise' else 0
     else: products = p.heads*(2 + is_full + (c.pipeline == 'rho1'))
     return 2*a.vocab*a.D*products
 
@@ -164,7 +171,8 @@ def flops_per_token(
     if t.gradient_checkpointing: backward += forward
     looks_ahead = c.pipeline == 'rho1' and t.gradient_accumulation_steps*ngpus > 1
     of_other = _forward_flops(other, other.layers, length) + 2*other.vocab*other.D if other else 0
-    return (1 + looks_ahead)*p.blocks*forward + p.trained_blocks*backward + _unembedding_flops(c, a, p) + of_other
+    own = (1 + looks_ahead)*p.blocks*forward + p.trained_blocks*backward + _unembedding_flops(c, a, p)
+    return own*_passes(c) + of_other*getattr(other, 'passes', 1)
 
 # %% ../nbs/launching/02_estimate.ipynb #cb7c3b52
 _SIZES = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'cpu_threads')
@@ -220,7 +228,8 @@ def _compute_speed(c, ngpus, gpu)->tuple: # operations a second of one GPU or pr
 def extrapolated_step(c, a, ngpus, gpu)->tuple: # seconds, and what they are based on
     "The time of a step from its operations and an assumed speed."
     t, length, (speed, assumed) = c.training, LENGTH_SHARE*c.dataset.max_length, _compute_speed(c, ngpus, gpu)
-    per_item = 2 - c.critic.lm_first if c.pipeline == 'critic' else 1 # pairs; at first only their correct half
+    per_item = 2 if c.pipeline == 'critic' else 1 # pairs
+    if per_item == 2 and not is_ratio(c): per_item -= c.critic.lm_first # at first only their correct half
     tokens = t.batch_size*t.gradient_accumulation_steps*length*per_item
     basis = f'extrapolated: {assumed} and sequences {LENGTH_SHARE:.0%} as long as dataset.max_length are assumed; ' \
             'evaluation not counted'

@@ -17,7 +17,7 @@ from .config import load_config
 from .files import locked, project_root
 from .models import load_backbone, load_policy
 from .policies import run_policy
-from .problems import half_of, make_problems
+from .problems import make_problems
 from .runs import prepare
 from .scores import interval
 from .solving import answers, solved

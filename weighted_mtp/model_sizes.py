@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOCAB', 'KNOWN', 'make_shape', 'shape_from_file', 'architecture', 'to_namespace', 'as_attributes',
-           'value_head_parameters', 'matrix_parameters', 'block_parameters', 'rest_parameters', 'count_parameters',
-           'shape_of_checkpoint', 'other_model', 'inference_parameters']
+           'value_head_parameters', 'matrix_parameters', 'block_parameters', 'rest_parameters', 'is_ratio',
+           'adapter_parameters', 'count_parameters', 'shape_of_checkpoint', 'other_model', 'inference_parameters']
 
 # %% ../nbs/models/12_model_sizes.ipynb #16d01202
 import re
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .files import UserError, model_folder, project_root, read_json
+from .files import MICRO_BASE, UserError, model_folder, project_root, read_json
 from .schema import BY_CRITIC
 
 # %% ../nbs/models/12_model_sizes.ipynb #44c877ab
@@ -83,15 +83,34 @@ def rest_parameters(a):
     "Of embedding, unembedding (unless tied) and the last norm."
     return a.vocab*a.D*(1 if a.tied else 2) + a.D
 
+def is_ratio(
+    c, # A config as attributes
+)->bool:
+    "Whether a run trains a ratio critic: two language models, of which each token goes through one."
+    return c.pipeline == 'critic' and c.critic.head == 'ratio'
+
+def adapter_parameters(a, r):
+    "Of rank-r adapters on a block's seven matrices."
+    return r*(2*(a.D + a.q) + 2*(a.D + a.kv) + 3*(a.D + a.ffn))
+
+def _count_ratio(c, a, lora): # two copies, or two adapters
+    blocks, block, rest, adapters = a.layers, block_parameters(a), rest_parameters(a), 0
+    if lora: adapters = adapter_parameters(a, c.model.lora.r)
+    else: rest = 2*rest
+    total = blocks*(block + 2*adapters) + rest if lora else 2*blocks*block + rest
+    return SimpleNamespace(total=total, trainable=2*blocks*adapters if lora else total, heads=1, blocks=blocks,
+                           trained_blocks=blocks, block=block, adapters=adapters, rest=rest)
+
 def count_parameters(
     c, # A config as attributes
     a, # `architecture` of its backbone
 ): # total, trainable; heads, blocks, `trained_blocks` that keep activations; of one block: block, adapters; rest
-    "How many numbers a model holds, and how many of them are trained."
+    "How many numbers a model holds, and how many of them are trained; `blocks` are those a token goes through."
+    if is_ratio(c): return _count_ratio(c, a, c.model.tuning == 'lora')
     is_critic, r = c.pipeline == 'critic', c.model.lora.r if c.model.tuning == 'lora' else 0
     heads = 1 if is_critic else c.model.n_future_tokens
     blocks, block, rest = a.layers + heads - 1, block_parameters(a), rest_parameters(a)
-    adapters = r*(2*(a.D + a.q) + 2*(a.D + a.kv) + 3*(a.D + a.ffn))
+    adapters = adapter_parameters(a, r)
     head = value_head_parameters(a.D, c.critic.head) if is_critic else 0
     total = blocks*(block + adapters) + rest + head
     trainable = {'full': total, 'lora': blocks*adapters + head, 'frozen': (heads-1)*block + head}[c.model.tuning]
@@ -100,16 +119,22 @@ def count_parameters(
                            block=block, adapters=adapters, rest=rest)
 
 # %% ../nbs/models/12_model_sizes.ipynb #9ecda4b7
+def _ratio_copies(config): # of a critic's run.json: backbones in memory; a token goes through two models
+    of_ratio = config.get('pipeline') == 'critic' and config.get('critic.head') == 'ratio'
+    return (2 if config.get('model.tuning') == 'full' else 1, 2) if of_ratio else (1, 1)
+
 def shape_of_checkpoint(
     path:str, # A checkpoint, a folder or a name; may be empty
-): # None where it is not known
+): # As `architecture`, of a ratio critic with its `copies` and `passes`; None where it is not known
     "The shape of the model in a checkpoint of an earlier run, or of a backbone."
     if path in ('', 'micro'): return None
     file = (project_root()/path).parent/'run.json'
     if not (path.endswith('.pt') and file.is_file()): return architecture(SimpleNamespace(backbone=path))
     try:
         config = read_json(file)['config']
-        return architecture(SimpleNamespace(**{k[6:]: v for k, v in config.items() if k.startswith('model.')}))
+        a = architecture(SimpleNamespace(**{k[6:]: v for k, v in config.items() if k.startswith('model.')}))
+        if a: a.copies, a.passes = _ratio_copies(config)
+        return a
     except (UserError, KeyError, AttributeError): return None
 
 def other_model(
@@ -121,8 +146,9 @@ def other_model(
     if c.pipeline == 'verifiable' and c.training.weighting not in BY_CRITIC: return None
     e = c.experiment
     path = e.critic_checkpoint if c.pipeline == 'verifiable' else e.reference_checkpoint
-    return shape_of_checkpoint(path or '') or (a if c.model.backbone == 'micro' else make_shape(**KNOWN[r'2\.7b']))
+    known, is_small = shape_of_checkpoint(path or ''), c.model.backbone in ('micro', MICRO_BASE)
+    return known or (a if is_small else make_shape(**KNOWN[r'2\.7b']))
 
 def inference_parameters(a):
-    "Of a model without further heads."
-    return a.layers*block_parameters(a) + rest_parameters(a)
+    "Of a model without further heads, or of both copies of a ratio critic; adapters are too small to count."
+    return getattr(a, 'copies', 1)*(a.layers*block_parameters(a) + rest_parameters(a))

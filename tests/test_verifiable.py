@@ -11,7 +11,8 @@ from weighted_mtp.schema import BY_CRITIC, WEIGHTINGS
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SMALL = ['data_sampling.n_validation=20', 'model.backbone=micro', 'model.hidden_size=32', 'dataset.embedded=false',
          'dataset.train=marked.jsonl', 'model.tokenizer=storage/datasets/synthetic/tokenizer',
-         'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1', 'training.max_steps=3']
+         'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1',
+         'training.max_steps=3']
 
 MODELS = '''
 import json, torch
@@ -23,7 +24,8 @@ from weighted_mtp.synthetic import make_dataset, make_micro_model
 made = Path('storage/datasets/synthetic')
 make_dataset(made, n_problems=60, n_held_out=30, vocab_size=500)
 tok = AutoTokenizer.from_pretrained(made/'tokenizer')
-def micro(seed): return make_micro_model(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256, seed=seed)
+sizes = dict(hidden_size=32, n_layers=2, n_heads=2, max_length=256)
+def micro(seed): return make_micro_model(tokenizer=tok, seed=seed, **sizes)
 torch.manual_seed(0)
 ratio = build_ratio_model(micro(1))
 with torch.no_grad(): # p+ and p- that differ
@@ -75,7 +77,9 @@ for how in WEIGHTINGS:
         prepare(c)
         objective = VerifiableObjective(c, *load_parts(c))
         trainer, grads = make_trainer(objective, c), []
-        def keep(*args): grads.append(torch.cat([p.grad.flatten() for _, p in sorted(trainer.model.named_parameters())]))
+        def keep(*args):
+            in_order = sorted(trainer.model.named_parameters())
+            grads.append(torch.cat([p.grad.flatten() for _, p in in_order]))
         trainer.optimizer.register_step_pre_hook(keep)
         train(trainer)
         logs = [{k: v for k, v in l.items() if k.startswith('train/')} for l in trainer.logs if 'train/loss' in l]

@@ -11,7 +11,8 @@ from weighted_mtp.schema import BY_CRITIC, WEIGHTINGS
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SMALL = ['data_sampling.n_validation=20', 'model.backbone=micro', 'model.hidden_size=32', 'dataset.embedded=false',
          'dataset.train=marked.jsonl', 'model.tokenizer=storage/datasets/synthetic/tokenizer',
-         'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1', 'training.max_steps=3']
+         'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1',
+         'training.max_steps=3']
 
 MODELS = '''
 import json, torch
@@ -23,7 +24,8 @@ from weighted_mtp.synthetic import make_dataset, make_micro_model
 made = Path('storage/datasets/synthetic')
 make_dataset(made, n_problems=60, n_held_out=30, vocab_size=500)
 tok = AutoTokenizer.from_pretrained(made/'tokenizer')
-def micro(seed): return make_micro_model(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256, seed=seed)
+sizes = dict(hidden_size=32, n_layers=2, n_heads=2, max_length=256)
+def micro(seed): return make_micro_model(tokenizer=tok, seed=seed, **sizes)
 torch.manual_seed(0)
 ratio = build_ratio_model(micro(1))
 with torch.no_grad(): # p+ and p- that differ
@@ -63,19 +65,20 @@ import sys, torch
 from weighted_mtp.config import load_config
 from weighted_mtp.loop import evaluate, make_trainer, train
 from weighted_mtp.runs import is_main, load_parts, prepare
-from weighted_mtp.schema import WEIGHTINGS
 from weighted_mtp.verifiable import VerifiableObjective
-out, cuts, found = sys.argv[1], sys.argv[2].split(','), {}
-for how in WEIGHTINGS:
-    for cut in cuts:
+(out, cuts, weightings), found = sys.argv[1:4], {}
+for how in weightings.split(','):
+    for cut in cuts.split(','):
         batch, accum = cut.split('x')
         c = load_config('configs/verifiable/verifiable_micro.yaml', [
-            *sys.argv[3:], f'training.weighting={how}', f'training.batch_size={batch}',
+            *sys.argv[4:], f'training.weighting={how}', f'training.batch_size={batch}',
             f'training.gradient_accumulation_steps={accum}'])
         prepare(c)
         objective = VerifiableObjective(c, *load_parts(c))
         trainer, grads = make_trainer(objective, c), []
-        def keep(*args): grads.append(torch.cat([p.grad.flatten() for _, p in sorted(trainer.model.named_parameters())]))
+        def keep(*args):
+            in_order = sorted(trainer.model.named_parameters())
+            grads.append(torch.cat([p.grad.flatten() for _, p in in_order]))
         trainer.optimizer.register_step_pre_hook(keep)
         train(trainer)
         logs = [{k: v for k, v in l.items() if k.startswith('train/')} for l in trainer.logs if 'train/loss' in l]
@@ -85,19 +88,21 @@ if is_main(): torch.save(found, out)
 STILL = ['training.max_steps=2', 'training.learning_rate=1e-9', 'training.max_grad_norm=1e9',
          'experiment.critic_checkpoint=critic.pt', 'distributed.fsdp.sharding_strategy=NO_SHARD']
 
+BY_KIND = ('credit', 'gae', 'focal') # on two ranks: one of each way in which a step comes to its mean
+
 @pytest.fixture(scope='module')
 def steps(root): # (weighting, cut) -> gradients, logs, validation; '1x4' is of two ranks
     (root/'steps.py').write_text(STEPS)
-    one = warm.run([sys.executable, 'steps.py', 'one.pt', '8x1,2x4', *SMALL, *STILL], root, environment())
+    words = ['steps.py', 'one.pt', '8x1,2x4', ','.join(WEIGHTINGS), *SMALL, *STILL]
+    one = warm.run([sys.executable, *words], root, environment())
     assert one.returncode == 0, one.stderr[-3000:]
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    two = subprocess.run([*torchrun, 'steps.py', 'two.pt', '1x4', *SMALL, *STILL], cwd=root, env=environment(),
-                         capture_output=True, text=True, timeout=300)
+    two = subprocess.run([*torchrun, 'steps.py', 'two.pt', '1x4', ','.join(BY_KIND), *SMALL, *STILL], cwd=root,
+                         env=environment(), capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr[-3000:]
     return {k: v for f in ('one.pt', 'two.pt') for k, v in torch.load(root/f, weights_only=True).items()}
 
-@pytest.mark.parametrize('cut', ('2x4', '1x4'))
-@pytest.mark.parametrize('how', WEIGHTINGS)
+@pytest.mark.parametrize('how, cut', [(how, '2x4') for how in WEIGHTINGS] + [(how, '1x4') for how in BY_KIND])
 def test_every_cut_gives_the_same_loss_and_gradient(steps, how, cut):
     want, got = steps[how, '8x1'], steps[how, cut]
     for g, w in zip(got['grads'], want['grads'], strict=True):

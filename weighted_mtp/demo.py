@@ -189,17 +189,17 @@ def _critic_rows(m): # what, value, beside
     if has('roc_auc'):
         labels = dict(base_likelihood_auc="the base's likelihood", blind_auc='without the problem')
         beside = ', '.join(f'{label} {m[k]:.2f}' for k, label in labels.items() if has(k))
-        yield 'tells right from wrong: ROC-AUC', f"{m['roc_auc']:.3f}", f'{beside}; guessing 0.50'.removeprefix('; ')
-    if has('ece'): yield 'calibration error: ECE', f"{m['ece']:.3f}", 'V = 0.8 should be right in 8 of 10: then it is 0'
+        yield 'ROC-AUC', f"{m['roc_auc']:.3f}", f'{beside}, guessing 0.50'.removeprefix(', ')
+    if has('ece'): yield 'calibration error (ECE)', f"{m['ece']:.3f}", '0: of programs with V = 0.8, 8 in 10 are right'
     if has('drop_on_mutation'):
         chance = f"by chance {m['drop_on_mutation_random']:.0%}" if has('drop_on_mutation_random') else ''
-        yield 'falls most exactly at the mistake', f"{m['drop_on_mutation']:.0%}", chance
+        yield 'V falls most at the mistake', f"{m['drop_on_mutation']:.0%}", chance
 
 def _gain_text(gain):
     low, high = gain['interval']
-    text = f"verifiable − baseline: {gain['points']:+.1f} points [{low:+.1f}, {high:+.1f}], problem by problem"
+    text = f"verifiable − baseline: {gain['points']:+.1f} points [{low:+.1f}, {high:+.1f}], paired"
     if low > 0: return f'{text}: the weights helped.'
-    return f'{text}: ' + ('the weights did harm.' if high < 0 else 'not told apart by this one short run.')
+    return f'{text}: ' + ('the weights did harm.' if high < 0 else 'one short run cannot tell.')
 
 def demo_screen(
     found:dict, # As `demo_results` gives it
@@ -214,7 +214,7 @@ def demo_screen(
         t = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, justify in columns: t.add_column(name, justify=justify, header_style='bold')
         return t
-    critic = table(('The critic, on programs it has not seen', 'left'), ('', 'right'), ('beside', 'left'))
+    critic = table(('The critic, unseen programs', 'left'), ('', 'right'), ('beside', 'left'))
     for row in _critic_rows(found['critic']): critic.add_row(*row)
     n = next((s['problems'] for s in found['scores'].values()), 0)
     policies = table((f'pass@1 on {n} unseen problems', 'left'), ('', 'right'), ('95 % interval', 'left'), ('', 'left'))
@@ -226,15 +226,15 @@ def demo_screen(
     parts += [Text(f'warning: {w}', style='yellow') for w in found['warnings']]
     parts += ['', Text('\n'.join(_next_lines(found)))]
     took = f', {_clock_text(seconds)}' if seconds else ''
-    return Panel(Group(*parts), title=f'Weighted MTP: the demo{took}', expand=False, padding=(1, 2))
+    return Panel(Group(*parts), title=f'Weighted MTP: the demo{took}', expand=False, padding=(0, 2))
 
 def _next_lines(found):
-    if found['picture']: yield f"picture    {found['picture']}  (V along programs, the mistake marked)"
+    if found['picture']: yield f"picture    {found['picture']}"
     for path in found['reports']: yield f'report     {path}'
-    yield 'next       several seeds, longer training: nbs/studies/compare.ipynb, nbs/studies/critic.ipynb'
-    yield '           other settings, your data, VESSL: make lab (the launch form), docs/tutorial.md'
-    yield '           all runs: .venv/bin/wmtp-runs list'
-    yield '           this screen again: .venv/bin/python -m weighted_mtp.demo --show'
+    yield 'next       make lab: the launch form; docs/tutorial.md: your data, VESSL'
+    yield '           nbs/studies/compare.ipynb: the same at length, several seeds'
+    yield '           .venv/bin/wmtp-runs list: all runs'
+    yield '           .venv/bin/python -m weighted_mtp.demo --show: this screen again'
 
 # %% ../nbs/launching/17_demo.ipynb #8932594a
 def _state_file(): return project_root()/'runs'/'demo.json'

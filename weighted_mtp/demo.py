@@ -53,12 +53,14 @@ class Clock:
     began: float|None = None
     worked: float|None = None # Since when there is progress
     share: float = 0. # Of its work
+    through: float|None = None # When the work was done
     ended: float|None = None
 
     def see(self, now, share, ended): # a look at the run
         self.began = now if self.began is None else self.began
         if share > 0 and self.worked is None: self.worked = now
         self.share = max(self.share, share)
+        if self.share == 1 and self.through is None: self.through = now
         if ended and self.ended is None: self.ended = now
 
     def left(self, now, slowness): # seconds
@@ -66,9 +68,10 @@ class Clock:
         if self.ended is not None: return 0.
         if self.began is None: return start + work + end
         if self.worked is None: return max(1, start - (now - self.began)) + work + end
+        if self.through is not None: return max(2, end - (now - self.through))
         rest = work*(1 - self.share)
         if self.share > .2: rest = (now - self.worked)*(1 - self.share)/self.share # as it goes
-        return rest + end if self.share < 1 else max(1, end/2)
+        return rest + end
 
 def slowness(
     clocks, # Of all stages
@@ -96,7 +99,7 @@ def _share(run): # of a run's work that is done, and a text about it
     except UserError: return 0., 'starting'
     step, of = p.get('step') or 0, p.get('max_steps') or 0
     loss = f", loss {p['loss']:.3g}" if isinstance(p.get('loss'), (int, float)) else ''
-    text = 'report' if of and step >= of else f'{step} of {of}{loss}'
+    text = 'judging, report' if of and step >= of else f'{step} of {of}{loss}'
     return (step/of if of else 0.), text
 
 def _clock_text(seconds): return f'{int(seconds)//60}:{int(seconds)%60:02d}'

@@ -140,8 +140,8 @@ def _plot_reliability(ax, programs):
     ax.grid(alpha=.2)
 
 def _plot_roc(ax, programs, correct):
-    labels = dict(value='the critic', likelihood_base_mean="the backbone's likelihood",
-                  likelihood_mean='likelihood after training')
+    labels = dict(value='the critic', likelihood_base_mean="the backbone's mean likelihood",
+                  likelihood_mean='mean likelihood after training')
     for key, label in labels.items():
         if any(p.get(key) is None for p in programs): continue
         false, true, area = roc(correct, [p[key] for p in programs])

@@ -53,12 +53,14 @@ class Clock:
     began: float|None = None
     worked: float|None = None # Since when there is progress
     share: float = 0. # Of its work
+    through: float|None = None # When the work was done
     ended: float|None = None
 
     def see(self, now, share, ended): # a look at the run
         self.began = now if self.began is None else self.began
         if share > 0 and self.worked is None: self.worked = now
         self.share = max(self.share, share)
+        if self.share == 1 and self.through is None: self.through = now
         if ended and self.ended is None: self.ended = now
 
     def left(self, now, slowness): # seconds
@@ -66,9 +68,10 @@ class Clock:
         if self.ended is not None: return 0.
         if self.began is None: return start + work + end
         if self.worked is None: return max(1, start - (now - self.began)) + work + end
+        if self.through is not None: return max(2, end - (now - self.through))
         rest = work*(1 - self.share)
         if self.share > .2: rest = (now - self.worked)*(1 - self.share)/self.share # as it goes
-        return rest + end if self.share < 1 else max(1, end/2)
+        return rest + end
 
 def slowness(
     clocks, # Of all stages
@@ -96,7 +99,7 @@ def _share(run): # of a run's work that is done, and a text about it
     except UserError: return 0., 'starting'
     step, of = p.get('step') or 0, p.get('max_steps') or 0
     loss = f", loss {p['loss']:.3g}" if isinstance(p.get('loss'), (int, float)) else ''
-    text = 'report' if of and step >= of else f'{step} of {of}{loss}'
+    text = 'judging, report' if of and step >= of else f'{step} of {of}{loss}'
     return (step/of if of else 0.), text
 
 def _clock_text(seconds): return f'{int(seconds)//60}:{int(seconds)%60:02d}'
@@ -189,17 +192,17 @@ def _critic_rows(m): # what, value, beside
     if has('roc_auc'):
         labels = dict(base_likelihood_auc="the base's likelihood", blind_auc='without the problem')
         beside = ', '.join(f'{label} {m[k]:.2f}' for k, label in labels.items() if has(k))
-        yield 'tells right from wrong: ROC-AUC', f"{m['roc_auc']:.3f}", f'{beside}; guessing 0.50'.removeprefix('; ')
-    if has('ece'): yield 'calibration error: ECE', f"{m['ece']:.3f}", 'V = 0.8 should be right in 8 of 10: then it is 0'
+        yield 'ROC-AUC', f"{m['roc_auc']:.3f}", f'{beside}, guessing 0.50'.removeprefix(', ')
+    if has('ece'): yield 'calibration error (ECE)', f"{m['ece']:.3f}", '0: of programs with V = 0.8, 8 in 10 are right'
     if has('drop_on_mutation'):
         chance = f"by chance {m['drop_on_mutation_random']:.0%}" if has('drop_on_mutation_random') else ''
-        yield 'falls most exactly at the mistake', f"{m['drop_on_mutation']:.0%}", chance
+        yield 'V falls most at the mistake', f"{m['drop_on_mutation']:.0%}", chance
 
 def _gain_text(gain):
     low, high = gain['interval']
-    text = f"verifiable − baseline: {gain['points']:+.1f} points [{low:+.1f}, {high:+.1f}], problem by problem"
+    text = f"verifiable − baseline: {gain['points']:+.1f} points [{low:+.1f}, {high:+.1f}], paired"
     if low > 0: return f'{text}: the weights helped.'
-    return f'{text}: ' + ('the weights did harm.' if high < 0 else 'not told apart by this one short run.')
+    return f'{text}: ' + ('the weights did harm.' if high < 0 else 'one short run cannot tell.')
 
 def demo_screen(
     found:dict, # As `demo_results` gives it
@@ -214,7 +217,7 @@ def demo_screen(
         t = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, justify in columns: t.add_column(name, justify=justify, header_style='bold')
         return t
-    critic = table(('The critic, on programs it has not seen', 'left'), ('', 'right'), ('beside', 'left'))
+    critic = table(('The critic, unseen programs', 'left'), ('', 'right'), ('beside', 'left'))
     for row in _critic_rows(found['critic']): critic.add_row(*row)
     n = next((s['problems'] for s in found['scores'].values()), 0)
     policies = table((f'pass@1 on {n} unseen problems', 'left'), ('', 'right'), ('95 % interval', 'left'), ('', 'left'))
@@ -226,15 +229,15 @@ def demo_screen(
     parts += [Text(f'warning: {w}', style='yellow') for w in found['warnings']]
     parts += ['', Text('\n'.join(_next_lines(found)))]
     took = f', {_clock_text(seconds)}' if seconds else ''
-    return Panel(Group(*parts), title=f'Weighted MTP: the demo{took}', expand=False, padding=(1, 2))
+    return Panel(Group(*parts), title=f'Weighted MTP: the demo{took}', expand=False, padding=(0, 2))
 
 def _next_lines(found):
-    if found['picture']: yield f"picture    {found['picture']}  (V along programs, the mistake marked)"
+    if found['picture']: yield f"picture    {found['picture']}"
     for path in found['reports']: yield f'report     {path}'
-    yield 'next       several seeds, longer training: nbs/studies/compare.ipynb, nbs/studies/critic.ipynb'
-    yield '           other settings, your data, VESSL: make lab (the launch form), docs/tutorial.md'
-    yield '           all runs: .venv/bin/wmtp-runs list'
-    yield '           this screen again: .venv/bin/python -m weighted_mtp.demo --show'
+    yield 'next       make lab: the launch form; docs/tutorial.md: your data, VESSL'
+    yield '           nbs/studies/compare.ipynb: the same at length, several seeds'
+    yield '           .venv/bin/wmtp-runs list: all runs'
+    yield '           .venv/bin/python -m weighted_mtp.demo --show: this screen again'
 
 # %% ../nbs/launching/17_demo.ipynb #8932594a
 def _state_file(): return project_root()/'runs'/'demo.json'

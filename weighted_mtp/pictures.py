@@ -90,11 +90,13 @@ def _tint(share): # of a value between the lowest, 0, and the highest, 1
     red, green, blue = (230, 97, 0) if share < .5 else (26, 133, 255)
     return f'background:rgba({red},{green},{blue},{.7*abs(2*min(1, max(0, share)) - 1):.2f})'
 
+def _code(text): return html.escape(text).replace(' ', '&nbsp;') # a report's page keeps no spaces
+
 def _token(text, value, share, credit, kinds, name):
     kinds = ' '.join(['t', *kinds, *(['low'] if credit <= -.05 else ['high'] if credit >= .05 else [])])
     number = f'{credit:+.1f}'.replace('-', '−') if abs(credit) >= .05 else ''
     about = f'V {value:.3f}, {name} {credit:+.3f}'
-    return (f'<span class="{kinds}" title="{about}"><b style="{_tint(share)}">{html.escape(text)}</b>'
+    return (f'<span class="{kinds}" title="{about}"><b style="{_tint(share)}">{_code(text)}</b>'
             f'<i>{number}</i></span>')
 
 def program_html(
@@ -111,7 +113,7 @@ def program_html(
         kinds = [k for k, has in (('m', i in marked), ('d', i == drop)) if has]
         code, end, rest = text.partition('\n')
         lines[-1].append(_token(code + '⏎'*bool(end), value, share, r, kinds, name))
-        lines += [[f'<span class="s">{html.escape(x)}</span>'] for x in rest.split('\n')] if end else []
+        lines += [[f'<span class="s">{_code(x)}</span>'] for x in rest.split('\n')] if end else []
     return '<div class="code">' + ''.join(f'<div class="line">{"".join(line)}</div>' for line in lines) + '</div>'
 
 def value_svg(

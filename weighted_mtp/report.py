@@ -36,6 +36,7 @@ def keep(
 STYLE = """<style>
 body{font-family:sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#111;background:#fff}
 table{border-collapse:collapse;font-size:13px} .dataframe thead th{text-align:left !important}
+table.dataframe{display:block;overflow-x:auto;border:0} table.dataframe td,table.dataframe th{overflow-wrap:normal}
 td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 img{max-width:100%} h1{border-bottom:2px solid #247} h2{margin-top:1.6em;color:#247}
 pre{white-space:pre-wrap;overflow-wrap:anywhere} td{overflow-wrap:anywhere} code{font-size:12px}

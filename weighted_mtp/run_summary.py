@@ -158,7 +158,9 @@ def summary_html(
     facts = ''.join(f'<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>' for k, v in headline(run).items())
     warnings = ''.join(f'<p style="border-left:4px solid #d90;padding:.2em .6em"><b>Warning:</b> {html.escape(w)}</p>'
                        for w in run.result.get('warnings') or [])
-    rows = ''.join(f"<tr><td>{html.escape(r.number)}</td><td><b>{html.escape(r.value)}</b></td>"
-                   f"<td>{html.escape(r.beside)}</td></tr>" for r in key_numbers(run).itertuples())
+    def row(r):
+        value = f"<td style='white-space:nowrap'><b>{html.escape(r.value)}</b></td>"
+        return f'<tr><td>{html.escape(r.number)}</td>{value}<td>{html.escape(r.beside)}</td></tr>'
+    rows = ''.join(map(row, key_numbers(run).itertuples()))
     table = f'<table><tr><th>number</th><th>value</th><th>beside</th></tr>{rows}</table>' if rows else ''
     return f'<div>{table}{warnings}<table>{facts}</table></div>'

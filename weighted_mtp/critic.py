@@ -23,7 +23,8 @@ from .files import UserError, write_text
 from .first_error import first_error_parts, mean_risk, programs_known
 from .first_wrong import with_first_wrong
 from .losses import pairwise_loss, value_loss
-from .models import ValueModel, build_first_error_model, build_ratio_model, build_value_model, load_critic_model
+from .models import (ValueModel, build_first_error_model, build_ratio_model, build_value_model,
+                                 load_critic_model)
 from .pictures import critic_picture, write_page
 from .policy_objective import check_vocabulary, freeze
 from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run

@@ -106,13 +106,20 @@ def _clock_text(seconds): return f'{int(seconds)//60}:{int(seconds)%60:02d}'
 
 class DemoProgress:
     "Shows how far all stages are, and how long the rest will take."
-    def __init__(self, workflows, out=None, every=10.):
+    def __init__(self,
+        workflows, # As `demo_stages` makes them
+        out=None, # Where to print (default: standard output)
+        every=10., # Seconds between lines where nothing can be redrawn
+        terminal:bool|None=None, # Whether it can (default: as `out` says, whatever CI claims)
+    ):
         from rich.console import Console
-        self.console, self.every, self.start, self.last = Console(file=out), every, time.monotonic(), -every
+        terminal = (out or sys.stdout).isatty() if terminal is None else terminal
+        self.console = Console(file=out, force_terminal=terminal, force_jupyter=False)
+        self.every, self.start, self.last = every, time.monotonic(), -every
         self.names = [[r['name'].removeprefix('demo-') for r in requests] for requests in workflows]
         self.clocks = [[Clock(SECONDS[r['pipeline']]) for r in requests] for requests in workflows]
         self.texts, self.bar, self.tasks = {}, None, {}
-        if self.console.is_terminal: self._open()
+        if terminal: self._open()
 
     def _open(self):
         from rich.progress import BarColumn, Progress, TextColumn

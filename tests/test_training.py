@@ -216,8 +216,8 @@ def test_every_tuning_trains_and_loads(project, first, tuning, head):
     if not backbone.exists(): make_micro_model(backbone, AutoTokenizer.from_pretrained(tokenizer), 32, 2, 2)
     done = train(project, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}',
                  f'experiment.name={tuning}-{head}', 'critic.value_weight=0.5', 'critic.lm_first=0',
-                 'critic.lm_weight=0', 'training.td_lambda_schedule=cosine', 'model.lora.r=4', 'critic.blind_yardstick=false',
-                 'training.gradient_checkpointing=true')
+                 'critic.lm_weight=0', 'training.td_lambda_schedule=cosine', 'model.lora.r=4',
+                 'critic.blind_yardstick=false', 'training.gradient_checkpointing=true')
     assert done.returncode == 0, done.stdout + done.stderr
     best = project/f'storage/checkpoints/critic/{tuning}-{head}/checkpoint_best.pt'
     state = torch.load(best, weights_only=True)['state']
@@ -225,29 +225,34 @@ def test_every_tuning_trains_and_loads(project, first, tuning, head):
     ids = torch.tensor([[3, 4, 5]])
     assert all(x.isfinite().all() for x in load_critic(best).credit(ids, torch.ones_like(ids), torch.ones_like(ids)))
 
-def test_critic_page_runs(project, first):
-    """nbs/studies/critic.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget."""
-    (project/'nbs/studies').mkdir(exist_ok=True)
-    shutil.copy(REPO/'nbs/studies/critic.ipynb', project/'nbs/studies')
-    small = [o for o in SMALL if 'max_steps' not in o] + ['training.max_steps=4']
-    sizes = json.dumps(dict(seeds=[0], overrides=small))
-    done = shell(project, 'papermill', 'nbs/studies/critic.ipynb', 'runs/critic.ipynb', '-y', sizes, timeout=600)
+def run_page(project, name, **sizes): # lines of its results file, and what it printed
+    for folder in ('nbs/studies', 'runs'): (project/folder).mkdir(exist_ok=True)
+    shutil.copy(REPO/f'nbs/studies/{name}.ipynb', project/'nbs/studies')
+    given = json.dumps(dict(sizes, seeds=[0], n_problems=60, results=f'runs/{name}.jsonl', folder='pages', workers=2))
+    done = shell(project, 'papermill', f'nbs/studies/{name}.ipynb', f'runs/{name}.ipynb', '-y', given, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    cells = json.loads((project/f'runs/{name}.ipynb').read_text())['cells']
+    printed = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', ()))
+    return [json.loads(line) for line in (project/f'runs/{name}.jsonl').read_text().splitlines()], printed
 
-def test_compare_page_runs(project, first):
+def test_critic_page_runs(project):
+    """nbs/studies/critic.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget:
+    all heads, with the blind one."""
+    rows, _ = run_page(project, 'critic', run=True, steps=3, held_out=20, pairs=30, studies=['heads'])
+    assert {r['arm'] for r in rows} == {'ratio', 'first_error', 'surprise', 'mlp', 'linear', 'blind'}
+    for r in rows: assert 0 <= r['metrics']['roc_auc'] <= 1 and 0 <= r['metrics']['ece'] <= 1, r
+    base = {r['metrics'].get('base_likelihood_auc') for r in rows if r['arm'] != 'blind'}
+    assert len(base) == 1 # the same programs, the same base
+
+def test_compare_page_runs(project):
     """nbs/studies/compare.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget:
-    a workflow of six stages, and what it shows of them."""
-    (project/'nbs/studies').mkdir(exist_ok=True)
-    shutil.copy(REPO/'nbs/studies/compare.ipynb', project/'nbs/studies')
-    small = [o for o in SMALL if 'max_steps' not in o and 'lm_first' not in o]
-    small += ['evaluation.max_new_tokens=24'] # policies of six steps have nothing to say
-    sizes = json.dumps(dict(seeds=[0], steps=6, judged=8, overrides=small))
-    done = shell(project, 'papermill', 'nbs/studies/compare.ipynb', 'runs/compare.ipynb', '-y', sizes, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    def metrics(pipeline): return read(project, f'compare-0-{pipeline}', 'result.json')['metrics']
-    assert metrics('ntp') == metrics('ref_tuning') # the same training under two names
-    assert metrics('verifiable') and metrics('rho1')
-    def overrides(pipeline): return read(project, f'compare-0-{pipeline}')['request']['overrides']
-    # outputs of one stage feed the next
-    assert any('experiment.critic_checkpoint=' in o and 'compare-0-critic' in o for o in overrides('verifiable'))
-    assert any('compare-0-ref_tuning' in o for o in overrides('rho1'))
+    all arms; and again from its results file, without training."""
+    sizes = dict(steps=4, judged=12, samples=2, critic_steps=3, studies=['main'])
+    rows, _ = run_page(project, 'compare', run=True, **sizes)
+    arms = ['baseline', 'credit', 'oracle', 'shuffled', 'risk', 'gae', 'rho1', 'focal', 'dft', 'ntp', 'all']
+    assert sorted(r['arm'] for r in rows) == sorted(arms)
+    for r in rows: assert len(r['passed']) == 12 and len(r['sampled'].split(',')) == 12, r['arm']
+    losses = {r['arm']: tuple(r['losses']) for r in rows}
+    assert len(set(losses.values())) == len(arms) # every arm trained on a loss of its own
+    again, printed = run_page(project, 'compare', run=False, **sizes)
+    assert again == rows and '11 of 11 policies' in printed

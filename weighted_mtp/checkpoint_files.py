@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from .files import UserError
+from .first_error_model import FirstErrorModel
 from .logit_check import check_logits
 from .model_building import build_policy, load_backbone, next_token_model
 from .mtp_model import MTPForCausalLM
@@ -116,7 +117,7 @@ def load_ratio_model(
     "The ratio critic of a checkpoint. Raises `UserError` where it does not fit."
     return _fill_critic(path, *_read_with_config(path, RatioModel, 'ratio critic'), RatioModel, backbone)
 
-CRITICS = {m.config_class.model_type: m for m in (ValueModel, RatioModel)}
+CRITICS = {m.config_class.model_type: m for m in (ValueModel, RatioModel, FirstErrorModel)}
 
 def load_critic_model(
     path, # A critic's checkpoint, whatever its head

@@ -20,16 +20,18 @@ from .critic_programs import (by_pair, is_bounded, likelihood_rows, pair_lists, 
                                           read_batch, split_metrics)
 from .data import collate_pairs, encode_solutions, read_solutions, tokenizer_facts
 from .files import UserError, write_text
+from .first_error import first_error_parts, mean_risk, programs_known
+from .first_wrong import with_first_wrong
 from .losses import pairwise_loss, value_loss
-from .models import build_ratio_model, build_value_model, load_critic_model
+from .models import ValueModel, build_first_error_model, build_ratio_model, build_value_model, load_critic_model
 from .pictures import critic_picture, write_page
 from .policy_objective import check_vocabulary, freeze
 from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .sampling import load_pairs
-from .weighting import lambda_returns, lambda_schedule, td_errors
+from .weighting import lambda_returns, lambda_schedule
 
 # %% ../nbs/training/09_critic.ipynb #ecb62a7d
-EVIDENCE_HEADS = ('ratio',) # whose evidence adds up to log-odds; the others are heads on hidden states
+EVIDENCE_HEADS = ('ratio', 'first_error') # whose evidence adds up to log-odds; the others are heads on hidden states
 
 def build_critic(
     config, # A loaded config
@@ -38,6 +40,7 @@ def build_critic(
     "The critic that `critic.head` names, on a backbone."
     c, m = config.critic, config.model
     if c.head == 'ratio': return build_ratio_model(backbone, m.tuning, plain(m.lora))
+    if c.head == 'first_error': return build_first_error_model(backbone, m.tuning, plain(m.lora), c.head_dropout)
     start = c.initial_value if c.value_weight else 0.
     return build_value_model(backbone, m.tuning, plain(m.lora), c.head, c.head_dropout, start, c.initial_value)
 
@@ -52,6 +55,7 @@ class CriticObjective:
         self.config, self.tokenizer, self.is_value_head = config, tokenizer, c.head not in EVIDENCE_HEADS
         load = lambda path, n: load_pairs(path, tokenizer, n, config)
         self.data = load(d.train, config.data_sampling.n_samples)
+        if c.head == 'first_error': self.data = with_first_wrong(self.data, tokenizer, d.train)
         splits = dict(validation=d.validation, test=d.test)
         self.splits = {k: load(path, config.data_sampling.n_validation) for k, path in splits.items() if path}
         if 'validation' not in self.splits:
@@ -59,7 +63,7 @@ class CriticObjective:
         self.model, self.base = build_critic(config, backbone), {} # base: likelihoods by split, see `start`
         self.best_metric = 'pairwise_accuracy' if self.is_value_head else 'roc_auc'
         self.head_start, self.progress = c.lm_first, 0. # shares of training: where the head begins, and done so far
-        reads_head = c.lm_weight or c.lm_first or not self.is_value_head
+        reads_head = c.lm_weight or c.lm_first or c.head == 'ratio'
         self.untrained = set() if reads_head else self._language_head() # no loss reads it
 
     def _language_head(self): # names of its parameters, except for adapters
@@ -68,10 +72,10 @@ class CriticObjective:
 
     def collate(self, pairs): return collate_pairs(pairs, self.tokenizer.pad_token_id) # correct, then wrong ones
 
-    def counts(self, batch): # (3,) pairs, next-token targets of the correct and of the wrong solutions
+    def counts(self, batch): # (4,) pairs, next-token targets of correct and of wrong solutions, `programs_known`
         has = batch['labels'] != -100
         pairs = has.any(1).view(2, -1).all(0).sum()
-        return torch.stack([pairs, *has[:, 1:].reshape(2, -1).sum(1)]).float()
+        return torch.stack([pairs, *has[:, 1:].reshape(2, -1).sum(1), programs_known(batch)]).float()
 
     def checkpoint_facts(self):
         "What a checkpoint says of the model besides its weights."
@@ -129,23 +133,34 @@ def ratio_loss(self:CriticObjective, model, batch, totals):
     "Of the ratio critic: arguments and result as of `loss`."
     weight, B, mask = self.config.critic.bce_weight, len(batch['labels'])//2, batch['labels'] != -100
     inputs = batch['input_ids'], batch['attention_mask'], mask
-    if not weight: parts = dict(zip(('lm_loss', 'lm_loss_wrong'), model(*inputs, targets=totals[1:]).losses))
+    if not weight: parts = dict(zip(('lm_loss', 'lm_loss_wrong'), model(*inputs, targets=totals[1:3]).losses))
     else:
         out = model(*inputs)
         sums = torch.stack([out.logp[:B].sum(), out.logp_wrong[B:].sum()])
-        parts = dict(zip(('lm_loss', 'lm_loss_wrong'), -sums/totals[1:].clamp(min=1)))
+        parts = dict(zip(('lm_loss', 'lm_loss_wrong'), -sums/totals[1:3].clamp(min=1)))
         parts['bce_loss'] = weight * outcome_loss(out.evidence, mask, totals[0])
+    return sum(parts.values()), parts
+
+@patch
+def first_error_loss(self:CriticObjective, model, batch, totals):
+    "Of the first-error critic: arguments and result as of `loss`."
+    c, B, mask = self.config.critic, len(batch['labels'])//2, batch['labels'] != -100
+    alone = self.progress < c.lm_first # the next-token loss
+    reads = alone or c.lm_weight > 0
+    out = model(batch['input_ids'], batch['attention_mask'], mask, with_logp=reads)
+    parts = {k: x*(not alone) for k, x in first_error_parts(out, batch, totals[3]).items()}
+    if reads: parts['lm_loss'] = -(1 if alone else c.lm_weight) * (out.logp*mask)[:B, 1:].sum()/totals[1]
     return sum(parts.values()), parts
 
 @patch
 def loss(self:CriticObjective,
     model, # The critic, possibly wrapped for several ranks
     batch, # As `collate` makes it
-    totals, # (3,) `counts` of the complete optimizer step
+    totals, # (4,) `counts` of the complete optimizer step
 ): # (scalar loss, parts by name)
     "The batch's share of the step's loss, and of its parts."
-    if self.config.critic.head == 'ratio': return self.ratio_loss(model, batch, totals)
-    return self.value_head_loss(model, batch, totals)
+    own = dict(ratio=self.ratio_loss, first_error=self.first_error_loss)
+    return own.get(self.config.critic.head, self.value_head_loss)(model, batch, totals)
 
 # %% ../nbs/training/09_critic.ipynb #8aa2fba9
 @patch
@@ -154,10 +169,12 @@ def _gather(self:CriticObjective, trainer, split, rows): # (N, …) on the CPU, 
     return torch.cat(rows)[:len(self.splits[split])] # the last batches were filled up
 
 @patch
-def _calibrate(self:CriticObjective, trainer, read): # scale and bias of the model, from validation programs
+def _calibrate(self:CriticObjective, trainer, read): # scale, bias and mean risk, from validation programs
     if is_bounded(self.model): return # its values are probabilities as they are
     scores = self._gather(trainer, 'validation', [by_pair(x.score) for x in read]) # (N, 2)
     self.model.set_calibration(*fit_logistic(scores.flatten(), torch.tensor([True, False]).repeat(len(scores))))
+    if read[0].risk is not None:
+        self.model.set_mean_risk(mean_risk(self._gather(trainer, 'validation', [x.risk for x in read])))
 
 @patch
 @torch.no_grad()
@@ -197,14 +214,13 @@ def token_values(
     model, # A critic
     tokenizer, # Its tokenizer
     sample, # A `data.Sample`
-): # (token texts, values, |delta|) of its response
+): # (token texts, V after each, r of each; δ for a value head) of its response
     "How one response looks to the critic."
     ids = torch.tensor([sample.ids], device=next(model.parameters()).device)
     mask = torch.arange(ids.shape[1], device=ids.device)[None] >= sample.n_prompt
-    v = model.credit(ids, torch.ones_like(ids), mask)[1]
-    delta = td_errors(v, mask, initial_value=model.initial_value).abs()
+    r, v = (x[0, sample.n_prompt:].tolist() for x in model.credit(ids, torch.ones_like(ids), mask))
     texts = [tokenizer.decode([i]) for i in sample.ids[sample.n_prompt:]]
-    return texts, v[0, sample.n_prompt:].tolist(), delta[0, sample.n_prompt:].tolist()
+    return texts, v, r
 
 def _mutants(rows): # the first of each problem whose correct counterpart is in the file
     first = {}
@@ -219,7 +235,7 @@ def picture_of_pair(
     max_length:int=2048, # Tokens; a longer solution has no picture
     which:int=0, # Index of the problem in the file; its first mutant is shown
 )->str: # HTML, or '' where the file has no mutants with counterparts
-    "A wrong solution and its correct counterpart, coloured by the critic."
+    "A wrong solution and its correct counterpart, as the critic sees them."
     rows = read_solutions(path)
     mutants = _mutants(rows)
     if not mutants: return ''
@@ -228,7 +244,8 @@ def picture_of_pair(
     if a is None or b is None: return ''
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
     values = (token_values(model, tokenizer, s) for s in (a, b))
-    return critic_picture(wrong['instruction'], *values, marked)
+    credit = 'δ' if isinstance(model, ValueModel) else 'r'
+    return critic_picture(wrong['instruction'], *values, marked, initial=float(model.initial_value), credit=credit)
 
 # %% ../nbs/training/09_critic.ipynb #a1700906
 def load_critic(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .critic_metrics import (base_metrics, biggest_drop, correlation, drop_metrics, drop_near_mutation,
                                          pair_metrics, program_metrics, sequence_stats)
 from .data import KINDS
+from .first_error import risk_sums
 from .losses import masked_mean
 from .models import ValueModel
 from .weighting import posterior
@@ -29,6 +30,7 @@ class Reading:
     span: tuple # (2B,) first and (2B,) last mutated token, -1 where there is none
     evidence: torch.Tensor|None = None # (2B, T) float32, of a critic whose evidence adds up to log-odds
     values: torch.Tensor|None = None # (2B, T) float32, of a value head
+    risk: torch.Tensor|None = None # (B, 2) `risk_sums` of the correct programs, of a first-error critic
 
 def is_bounded(model)->bool: return isinstance(model, ValueModel) and model.config.head == 'sigmoid'
 
@@ -45,6 +47,7 @@ def read_batch(
     out = model(batch['input_ids'], batch['attention_mask'], mask, with_logp=True)
     span = [F.pad(batch[k], (len(batch[k]), 0), value=-1) for k in ('mutation_start', 'mutation_end')]
     read = dict(mask=mask, logp=out.logp, span=span)
+    if getattr(out, 'risk', None) is not None: read['risk'] = risk_sums(out, mask)
     if not isinstance(model, ValueModel): return Reading(**read, score=out.evidence.sum(1), evidence=out.evidence)
     last = (mask*torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
     score = out.values.gather(1, last).squeeze(1) if is_bounded(model) else masked_mean(out.values, mask)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loading_problem', 'load_backbone', 'check_tuning', 'keep_heads', 'build_policy', 'next_token_model',
-           'build_value_model', 'build_ratio_model']
+           'build_value_model', 'build_first_error_model', 'build_ratio_model']
 
 # %% ../nbs/models/06_model_building.ipynb #16d00602
 import copy
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .adapters import check_lora
 from .backbones import check_backbone
 from .files import UserError, model_folder
+from .first_error_model import FirstErrorConfig, FirstErrorModel
 from .logit_check import check_logits
 from .mtp_model import MTPForCausalLM, check_n_heads
 from .ratio_model import RatioConfig, RatioModel
@@ -108,8 +109,26 @@ def build_value_model(
     backbone = next_token_model(backbone)
     check_backbone(backbone)
     config = ValueConfig(backbone_config=copy.deepcopy(backbone.config), head=head, head_dropout=head_dropout,
-                         head_bias=head_bias, initial_value=initial_value, lora=dict(lora) if tuning == 'lora' else None)
+                         head_bias=head_bias, initial_value=initial_value,
+                         lora=dict(lora) if tuning == 'lora' else None)
     model = ValueModel(config, backbone)
+    check_logits(model)
+    if tuning == 'frozen': model.backbone.requires_grad_(False)
+    return model
+
+def build_first_error_model(
+    backbone, # A causal language model
+    tuning:str='full', # lora | frozen | full
+    lora=None, # Adapter settings, for lora
+    head_dropout:float=0., # Between the layers of both heads
+)->FirstErrorModel:
+    "A first-error critic on a backbone, with the right parameters left trainable."
+    check_tuning(tuning, lora)
+    backbone = next_token_model(backbone)
+    check_backbone(backbone)
+    config = FirstErrorConfig(backbone_config=copy.deepcopy(backbone.config), head_dropout=head_dropout,
+                              lora=dict(lora) if tuning == 'lora' else None)
+    model = FirstErrorModel(config, backbone)
     check_logits(model)
     if tuning == 'frozen': model.backbone.requires_grad_(False)
     return model

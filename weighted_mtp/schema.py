@@ -89,17 +89,18 @@ class Model:
 @dataclass
 class Critic:
     "What kind of critic, and its losses; pipeline critic."
-    # ratio: two language models, of correct and of wrong solutions, and their log-ratio. The others are value heads on
-    # the hidden states; surprise also sees the backbone's log-probability of each token
-    head: str = setting('ratio', choices=('ratio', 'linear', 'sigmoid', 'mlp', 'surprise'))
+    # ratio: two language models, of correct and of wrong solutions, and their log-ratio; first_error: the hazard of each
+    # token of being the first wrong one, and the risk before it. The others are value heads on the hidden states;
+    # surprise also sees the backbone's log-probability of each token
+    head: str = setting('ratio', choices=('ratio', 'first_error', 'linear', 'sigmoid', 'mlp', 'surprise'))
     bce_weight: float = setting(0.0, '[0, 1e6]') # ratio: of the cross-entropy of σ(Σ r) against correctness
-    head_dropout: float = setting(0.0, '[0, 1)') # Between the layers of mlp and surprise
+    head_dropout: float = setting(0.0, '[0, 1)') # Between the layers of first_error, mlp and surprise
     pairwise_weight: float = setting(1.0, '[0, 1e6]') # Value heads: of the Bradley-Terry loss
     value_weight: float = setting(0.0, '[0, 1e6]') # Value heads: of the regression of values on λ-returns
     value_loss: str = setting('mse', choices=('mse', 'huber')) # Of that regression
-    # Value heads: of the next-token loss on the correct solutions, added to the critic's
+    # All but ratio: of the next-token loss on the correct solutions, added to the critic's
     lm_weight: float = setting(0.0, '[0, 1e6]')
-    # Value heads: share of the steps, at the start, that train the next-token loss alone
+    # All but ratio: share of the steps, at the start, that train the next-token loss alone
     lm_first: float = setting(0.0, '[0, 1]')
     initial_value: float = setting(0.5, '[0, 1]') # Value heads: V before the first response token
     # After training, also train a critic blind to the problem with the same budget, and report it as the baseline

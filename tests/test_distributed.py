@@ -76,6 +76,11 @@ for name in %r:
     c = load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', overrides + VARIANTS.get(name, []))
     prepare(c)
     objective = {**OBJECTIVES, 'critic': CriticObjective}[pipeline](c, *load_parts(c))
+    if pipeline == 'critic': # as after some steps: two equal models would differ by rounding alone
+        seeded = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, p in sorted(objective.model.named_parameters(), key=lambda x: x[0]):
+                if p.requires_grad: p.add_(.02*torch.randn(p.shape, generator=seeded))
     total = sum(p.numel() for p in objective.model.parameters())
     trainer = make_trainer(objective, c)
     held = sum(getattr(p, '_local_tensor', p).numel() for p in objective.model.parameters())

@@ -174,7 +174,9 @@ def _gather(self:CriticObjective, trainer, split, rows): # (N, …) on the CPU, 
 def _calibrate(self:CriticObjective, trainer, read): # scale, bias and mean risk, from validation programs
     if is_bounded(self.model): return # its values are probabilities as they are
     scores = self._gather(trainer, 'validation', [by_pair(x.score) for x in read]) # (N, 2)
-    self.model.set_calibration(*fit_logistic(scores.flatten(), torch.tensor([True, False]).repeat(len(scores))))
+    noise = 0. if self.is_value_head else 1e-3 # nats: sums of a few hundred tokens, in float32
+    correct = torch.tensor([True, False]).repeat(len(scores))
+    self.model.set_calibration(*fit_logistic(scores.flatten(), correct, noise))
     if read[0].risk is not None:
         self.model.set_mean_risk(mean_risk(self._gather(trainer, 'validation', [x.risk for x in read])))
 

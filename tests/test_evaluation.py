@@ -172,7 +172,8 @@ def test_report_of_a_finished_run(policy):
     """It is in the record and among MLflow's artifacts, and a browser shows all of it without scrolling sideways."""
     record = policy.parents[4]/'runs/small'
     text = (record/'report.html').read_text()
-    for title in ('Summary', 'Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'): assert f'>{title}<' in text
+    for title in ('Summary', 'Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'):
+        assert f'>{title}<' in text
     assert 'Weights over time' not in text # all tokens weigh the same
     client = mlflow.MlflowClient(f"sqlite:///{policy.parents[4]/'mlflow.db'}")
     run = json.loads((record/'result.json').read_text())['mlflow_run_id']

@@ -200,9 +200,9 @@ def _critic_rows(m): # what, value, beside
 
 def _gain_text(gain):
     low, high = gain['interval']
-    text = f"verifiable − baseline: {gain['points']:+.1f} points [{low:+.1f}, {high:+.1f}], paired"
-    if low > 0: return f'{text}: the weights helped.'
-    return f'{text}: ' + ('the weights did harm.' if high < 0 else 'one short run cannot tell.')
+    text = f"gain over baseline {gain['points']:+.1f} [{low:+.1f}, {high:+.1f}] points"
+    if low > 0: return f'{text}: the weights helped'
+    return f'{text}: ' + ('the weights did harm' if high < 0 else 'one short run cannot tell')
 
 def demo_screen(
     found:dict, # As `demo_results` gives it

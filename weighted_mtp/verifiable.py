@@ -10,7 +10,7 @@ __all__ = ['BY_LOSS', 'credit_of', 'quality_warnings', 'prompt_warnings', 'credi
 import torch
 from fastcore.basics import chunked, patch
 
-from .config_values import parse_yaml
+from .config_values import parse_yaml, read_boolean
 from .critic import load_critic
 from .files import UserError
 from .models import read_checkpoint
@@ -52,8 +52,8 @@ def prompt_warnings(
     "Yield in what a critic's prompt was another than a policy's."
     template = facts.get('template', 'alpaca')
     if template != 'alpaca': yield f"it was trained on prompts of the template {template}, policies see alpaca"
-    blind = (parse_yaml(facts.get('config') or '')[0] or {}).get('dataset', {}).get('blind')
-    if blind: yield "it was trained without the problems (dataset.blind), policies see them"
+    blind = (parse_yaml(facts.get('config') or '')[0] or {}).get('dataset', {}).get('blind', False)
+    if read_boolean(blind): yield "it was trained without the problems (dataset.blind), policies see them"
 
 def credit_warnings(
     critic, # From `load_critic`

@@ -13,8 +13,8 @@ install: .venv/.installed ## Set up .venv (pip, with constraints.txt)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/.installed ## Train a critic on the embedded default: papermill runs nbs/launch.ipynb
-	PATH="$(CURDIR)/$(BIN):$$PATH" papermill nbs/launch.ipynb runs/demo.ipynb -p pipeline critic -p ngpus 1 -p target local --log-output --no-progress-bar
+demo: .venv/.installed ## The story in five minutes: critic, weighted and unweighted policy, what each can do
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m weighted_mtp.demo
 
 lab: .venv/.installed ## Open JupyterLab on the launch form
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab nbs/launch.ipynb

@@ -12,8 +12,8 @@ LAUNCH = [
 TRAINING = [
     ('config', 'YAML and overrides', ['config', 'schema']),
     ('data', 'solutions, pairs', ['data', 'corpus', 'sampling', 'synthetic', 'storage']),
-    ('model', 'backbone and heads', ['backbones', 'mtp_model', 'value_model', 'adapters', 'generation']),
-    ('objective', 'token weights, loss', ['weighting', 'losses', 'critic', 'verifiable', 'rho1']),
+    ('model', 'backbone and heads', ['backbones', 'mtp_model', 'ratio_model', 'adapters', 'generation']),
+    ('objective', 'token weights, loss', ['weighting', 'critic', 'calibration', 'verifiable', 'rho1']),
     ('loop', 'step, validate, save', ['loop', 'optim', 'sharding', 'checkpoints', 'runs']),
     ('evaluation', 'pass@k in a sandbox', ['evaluation', 'model_evaluation', 'benchmarks', 'answers', 'sandbox']),
     ('report', 'curves, programs', ['report', 'pictures', 'curves', 'report_tables'])]

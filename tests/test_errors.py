@@ -135,8 +135,9 @@ def test_rows_of_older_evaluations(tmp_path, answers):
     assert 'errors' not in summary_text(before) and not any('error' in k for k in metrics_of(before))
     assert summary(old)['pass@1'] == .25
 
-def as_text(x): # a page's piece: a table, HTML, Markdown, or a figure
-    return x.to_html() if hasattr(x, 'to_html') else getattr(x, 'data', '')
+def as_text(x): # a page's piece: a table, HTML, Markdown, or an image
+    data = x.to_html() if hasattr(x, 'to_html') else getattr(x, 'data', '')
+    return data if isinstance(data, str) else x.alt
 
 def report_of(folder, evaluations): # what the cells of the report show, and the files that they keep
     folder.mkdir()

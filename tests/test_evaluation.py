@@ -122,7 +122,8 @@ MODULE = ['-m', 'weighted_mtp.pipelines.run_evaluation']
 
 def evaluated(folder, name, policy, n=1, wait=True): # by n processes
     settings = override(*SMALL, f'evaluation.checkpoint={policy}', 'evaluation.ks=[1,2]', 'evaluation.samples=2',
-                        'evaluation.max_new_tokens=24', 'evaluation.limit=16', f'experiment.name={name}')
+                        'evaluation.max_new_tokens=24', 'evaluation.limit=16', 'evaluation.batch_size=8',
+                        f'experiment.name={name}')
     torchrun = ['-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--standalone']
     return python(folder, MODULE if n == 1 else torchrun + MODULE, '--config',
                   str(REPO/'configs/evaluation/evaluation_micro.yaml'), *settings, wait=wait,
@@ -171,13 +172,13 @@ def test_report_of_a_finished_run(policy):
     """It is in the record and among MLflow's artifacts, and a browser shows all of it without scrolling sideways."""
     record = policy.parents[4]/'runs/small'
     text = (record/'report.html').read_text()
-    for title in ('Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'): assert f'>{title}<' in text
+    for title in ('Summary', 'Curves', 'Numbers', 'Speed', 'Configuration', 'training.max_steps'): assert f'>{title}<' in text
     assert 'Weights over time' not in text # all tokens weigh the same
     client = mlflow.MlflowClient(f"sqlite:///{policy.parents[4]/'mlflow.db'}")
     run = json.loads((record/'result.json').read_text())['mlflow_run_id']
     folders = 'report', 'report/figures', 'report/tables'
     artifacts = [a for folder in folders for a in client.list_artifacts(run, folder)]
-    tables = [f'report/tables/{name}.csv' for name in ('metrics', 'speed', 'settings')]
+    tables = [f'report/tables/{name}.csv' for name in ('metrics', 'speed', 'settings', 'summary')]
     files = {a.path for a in artifacts if not a.is_dir}
     assert files == {'report/report.html', 'report/figures/curves.png', *tables}
     chromium = Path('/usr/bin/chromium')

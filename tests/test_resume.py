@@ -68,7 +68,8 @@ def step(record):
 
 def weights(folder, name='checkpoint_final.pt'): return torch.load(folder/name, weights_only=True)
 
-WITH_DROPOUT = ['model.backbone=micro-dropout', 'training.max_steps=200']
+# gae: its moments have to go on, too
+WITH_DROPOUT = ['model.backbone=micro-dropout', 'training.max_steps=200', 'training.weighting=gae']
 
 @pytest.mark.parametrize('pipeline, overrides', [('verifiable', WITH_DROPOUT)])
 def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrides):

@@ -9,8 +9,9 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from weighted_mtp.losses import masked_mean, pairwise_loss, value_loss
-from weighted_mtp.weighting import (RunningMoments, advantage_weights, gae_advantages, lambda_returns, lambda_schedule,
-                                    select_tokens, td_errors)
+from weighted_mtp.weighting import (RunningMoments, advantage_weights, by_source, content_seeds, credit_weights,
+                                    dft_weights, focal_weights, gae_advantages, lambda_returns, lambda_schedule,
+                                    posterior, select_tokens, shuffle_within_response, td_errors)
 
 GRID = list(product((0., .5, .95, 1.), (0., .5, .95, 1.)))
 
@@ -285,6 +286,52 @@ def test_select_tokens_edges():
     for k in (0, -.1, 1.01, 60, math.nan):
         with pytest.raises(ValueError, match='above 0 and at most 1'): select_tokens(x, x, x[..., 0], k)
 
+
+def test_posterior_and_credit_agree_with_loops():
+    v, m, _ = example()
+    r = 4*v - 2
+    V, w = posterior(r.masked_fill(~m, math.nan), m, .7, -.3), credit_weights(r.masked_fill(~m, math.nan), m)
+    raw = []
+    for b in range(12):
+        total, row = 0., r[b].tolist()
+        for t in m[b].nonzero().flatten().tolist():
+            total += row[t]
+            assert V[b, t].item() == pytest.approx(1/(1 + math.exp(.3 - .7*total)), abs=1e-6)
+            raw.append(min(3., max(.1, .5 + 2*max(row[t], 0))))
+    assert_close(w[m], torch.tensor(raw)/(sum(raw)/len(raw)))
+    assert (V[~m] == 0).all() and (w[~m] == 0).all() and ((V >= 0) & (V <= 1)).all()
+    delta = td_errors(V, m, initial_value=torch.tensor(-.3).sigmoid())
+    last = torch.tensor([V[b][m[b]][-1] if m[b].any() else torch.tensor(-.3).sigmoid() for b in range(12)])
+    assert_close(delta.sum(1), last - torch.tensor(-.3).sigmoid(), rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize('floor,low', ((.5, .1), (.3, .1), (0., .1), (0., 0.), (1e-3, 0.)))
+def test_no_credit_weighs_all_tokens_exactly_alike(floor, low):
+    _, m, _ = example(300)
+    assert torch.equal(credit_weights(torch.zeros(12, 300), m, floor, 2., low), m.float())
+    assert torch.equal(credit_weights(-torch.rand(12, 300), m, floor, 2., low), m.float())
+    none = credit_weights(torch.rand(12, 300), torch.zeros(12, 300)) # no token at all
+    assert (none == 0).all()
+
+def test_shuffling_depends_on_the_program_alone():
+    v, m, _ = example()
+    w, ids = torch.where(m, v, 0.), torch.randint(1000, (12, 37))
+    got = shuffle_within_response(w, m, content_seeds(ids, ids >= 0, 3))
+    for b in range(12): assert sorted(got[b][m[b]].tolist()) == sorted(w[b][m[b]].tolist())
+    assert (got[~m] == 0).all() and not torch.equal(got, w)
+    order = torch.randperm(12) # neither the batch's order nor its width
+    wide = [torch.nn.functional.pad(x[order], (0, 9)) for x in (w, m, ids, torch.ones_like(ids))]
+    again = shuffle_within_response(*wide[:2], content_seeds(*wide[2:], 3))
+    assert torch.equal(again[:, :37], got[order])
+    assert not torch.equal(shuffle_within_response(w, m, content_seeds(ids, ids >= 0, 4)), got)
+
+def test_weights_by_loss_have_mean_1_by_head_and_no_gradient():
+    ce = torch.rand(12, 37, 4, requires_grad=True)
+    m = masks()
+    valid = by_source(m, 4)
+    for w in (focal_weights(ce, m), focal_weights(ce, m, 0.), dft_weights(ce, m)):
+        assert_close(w.sum((0, 1))/valid.sum((0, 1)), torch.ones(4))
+        assert (w[~valid] == 0).all() and not w.requires_grad
+    assert torch.equal(focal_weights(ce*0, m), valid.float()) # every token known: none is left to prefer
 
 def test_losses_agree_with_loops():
     v, m, R = example()

@@ -23,12 +23,13 @@ from .files import UserError, write_text
 from .first_error import first_error_parts, mean_risk, programs_known
 from .first_wrong import with_first_wrong
 from .losses import pairwise_loss, value_loss
-from .models import build_first_error_model, build_ratio_model, build_value_model, load_critic_model
+from .models import (ValueModel, build_first_error_model, build_ratio_model, build_value_model,
+                                 load_critic_model)
 from .pictures import critic_picture, write_page
 from .policy_objective import check_vocabulary, freeze
 from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .sampling import load_pairs
-from .weighting import lambda_returns, lambda_schedule, td_errors
+from .weighting import lambda_returns, lambda_schedule
 
 # %% ../nbs/training/09_critic.ipynb #ecb62a7d
 EVIDENCE_HEADS = ('ratio', 'first_error') # whose evidence adds up to log-odds; the others are heads on hidden states
@@ -82,6 +83,18 @@ class CriticObjective:
         c, m = self.config.critic, self.config.model
         return dict(complete=m.tuning == 'full', backbone=m.backbone, head=c.head, **tokenizer_facts(self.tokenizer))
 
+# %% ../nbs/training/09_critic.ipynb #a1700911
+def outcome_loss(
+    evidence, # (2B, T) log-likelihood ratios, 0 where masked: of B correct solutions, then of B wrong ones
+    mask, # (2B, T) response tokens
+    pairs, # Pairs of the complete optimizer step
+): # Scalar float32: the batch's share of the mean over all programs
+    "Binary cross-entropy of sigmoid(sum r) against correctness."
+    correct = torch.cat([torch.ones(len(mask)//2), torch.zeros(len(mask)//2)]).to(evidence)
+    losses = F.binary_cross_entropy_with_logits(evidence.sum(1), correct, reduction='none')
+    whole = mask.any(1).view(2, -1).all(0).repeat(2) # not the rows that only fill a batch
+    return torch.where(whole, losses, 0.).sum() / (2*pairs).clamp(min=1)
+
 # %% ../nbs/training/09_critic.ipynb #b6217917
 @patch
 def lm_loss(self:CriticObjective, model, batch, totals):
@@ -117,17 +130,6 @@ def value_head_loss(self:CriticObjective, model, batch, totals):
     return sum(parts.values()), parts
 
 # %% ../nbs/training/09_critic.ipynb #a1700902
-def outcome_loss(
-    evidence, # (2B, T) log-likelihood ratios, 0 where masked: of B correct solutions, then of B wrong ones
-    mask, # (2B, T) response tokens
-    pairs, # Pairs of the complete optimizer step
-): # Scalar float32: the batch's share of the mean over all programs
-    "Binary cross-entropy of sigmoid(sum r) against correctness."
-    correct = torch.cat([torch.ones(len(mask)//2), torch.zeros(len(mask)//2)]).to(evidence)
-    losses = F.binary_cross_entropy_with_logits(evidence.sum(1), correct, reduction='none')
-    whole = mask.any(1).view(2, -1).all(0).repeat(2) # not the rows that only fill a batch
-    return torch.where(whole, losses, 0.).sum() / (2*pairs).clamp(min=1)
-
 @patch
 def ratio_loss(self:CriticObjective, model, batch, totals):
     "Of the ratio critic: arguments and result as of `loss`."
@@ -214,14 +216,13 @@ def token_values(
     model, # A critic
     tokenizer, # Its tokenizer
     sample, # A `data.Sample`
-): # (token texts, values, |delta|) of its response
+): # (token texts, V after each, r of each; δ for a value head) of its response
     "How one response looks to the critic."
     ids = torch.tensor([sample.ids], device=next(model.parameters()).device)
     mask = torch.arange(ids.shape[1], device=ids.device)[None] >= sample.n_prompt
-    v = model.credit(ids, torch.ones_like(ids), mask)[1]
-    delta = td_errors(v, mask, initial_value=model.initial_value).abs()
+    r, v = (x[0, sample.n_prompt:].tolist() for x in model.credit(ids, torch.ones_like(ids), mask))
     texts = [tokenizer.decode([i]) for i in sample.ids[sample.n_prompt:]]
-    return texts, v[0, sample.n_prompt:].tolist(), delta[0, sample.n_prompt:].tolist()
+    return texts, v, r
 
 def _mutants(rows): # the first of each problem whose correct counterpart is in the file
     first = {}
@@ -236,7 +237,7 @@ def picture_of_pair(
     max_length:int=2048, # Tokens; a longer solution has no picture
     which:int=0, # Index of the problem in the file; its first mutant is shown
 )->str: # HTML, or '' where the file has no mutants with counterparts
-    "A wrong solution and its correct counterpart, coloured by the critic."
+    "A wrong solution and its correct counterpart, as the critic sees them."
     rows = read_solutions(path)
     mutants = _mutants(rows)
     if not mutants: return ''
@@ -245,7 +246,8 @@ def picture_of_pair(
     if a is None or b is None: return ''
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
     values = (token_values(model, tokenizer, s) for s in (a, b))
-    return critic_picture(wrong['instruction'], *values, marked)
+    credit = 'δ' if isinstance(model, ValueModel) else 'r'
+    return critic_picture(wrong['instruction'], *values, marked, initial=float(model.initial_value), credit=credit)
 
 # %% ../nbs/training/09_critic.ipynb #a1700906
 def load_critic(

@@ -25,7 +25,10 @@ class FinishedRun:
         found = [(s, row[key]) for s, row in sorted(self.history.items()) if row.get(key) is not None]
         return tuple(zip(*found)) if found else ((), ())
     def extra(self, name): # a JSON file of the record; empty where there is none
-        return read_json(self.folder/name) if (self.folder/name).is_file() else {}
+        file = self.folder/name
+        if not file.is_file(): return {}
+        try: return json.loads(file.read_text(encoding='utf-8'))
+        except ValueError: raise UserError(f"{file} is damaged: it holds no JSON.") from None
     @property
     def config(self): return self.record['plan']['resolved']
 

@@ -56,7 +56,7 @@ def supervise(
 )->int: # The run's exit code
     "Run a record's command to its end and record how it ended."
     folder, me, stopped = Path(folder), psutil.Process(), []
-    ids = dict(pid=me.pid, process_started=me.create_time(), host=platform.node())
+    ids = dict(pid=me.pid, process_started=me.create_time(), host=platform.node(), cores=os.cpu_count())
     record = update_record(folder, status='running', started=now(), ids=ids)
     with open(folder/'log.txt', 'ab', buffering=0) as log:
         code = _run(local_command(record['plan']['command']), log, lambda: stopped.append(1))

@@ -51,6 +51,11 @@ def _write_pictures(objective, trainer, split): # for the record. Collective: ca
     write_text(record_dir()/'tokens.json', json.dumps(tokens))
     return [str(write_page(''.join(pages), record_dir()/f'{name}_tokens.html'))]
 
+def _say_warnings(objective, result, run): # once, at the start: in the log, the record and MLflow
+    result['warnings'] += (found := getattr(objective, 'warnings', []))
+    for text in found: print(f'warning: {text}', flush=True)
+    if found and run.get('tracker'): run['tracker'].tags({'warnings': '\n'.join(found)})
+
 def run_policy(
     config, # A loaded config of one of these pipelines
 )->dict: # The metrics of the best checkpoint
@@ -61,6 +66,7 @@ def run_policy(
         raise UserError(f"model.n_future_tokens = {n}: {predicts_one}")
     objective = OBJECTIVES[config.pipeline](config, *load_parts(config))
     with tracked_run(config) as (result, run):
+        _say_warnings(objective, result, run)
         start = time.monotonic()
         trainer = fit(objective, config, run, config.pipeline)
         result['seconds'][config.pipeline] = time.monotonic() - start

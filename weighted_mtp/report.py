@@ -9,6 +9,8 @@ __all__ = ['STYLE', 'keep', 'write_report', 'main']
 import argparse, sys
 from pathlib import Path
 
+from IPython.display import Image
+
 from .files import UserError, project_root
 from .finished_run import FinishedRun, load_finished
 from .pictures import write_page
@@ -18,19 +20,23 @@ def keep(
     run:FinishedRun,
     name:str, # Of the file
     x, # A figure, a DataFrame or None
-): # The same, to be shown
+    alt:str='', # A figure in words, for those who do not see it
+): # What is shown: the table, the figure's image, or None
     "Keep a figure or a table of a report beside it."
     if x is None or not len(getattr(x, 'index', [0])): return None
     folder = run.folder/('figures' if hasattr(x, 'savefig') else 'tables')
     folder.mkdir(exist_ok=True)
-    if hasattr(x, 'savefig'): x.savefig(folder/f'{name}.png', dpi=110)
-    else: x.to_csv(folder/f'{name}.csv')
-    return x
+    if not hasattr(x, 'savefig'):
+        x.to_csv(folder/f'{name}.csv')
+        return x
+    x.savefig(folder/f'{name}.png', dpi=110) # drawn once: what is shown is this file
+    return Image(filename=folder/f'{name}.png', alt=alt or name.replace('_', ' '))
 
 # %% ../nbs/evaluation/20_report.ipynb #97ab999a
 STYLE = """<style>
 body{font-family:sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#111;background:#fff}
 table{border-collapse:collapse;font-size:13px} .dataframe thead th{text-align:left !important}
+table.dataframe{display:block;overflow-x:auto;border:0} table.dataframe td,table.dataframe th{overflow-wrap:normal}
 td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
 img{max-width:100%} h1{border-bottom:2px solid #247} h2{margin-top:1.6em;color:#247}
 pre{white-space:pre-wrap;overflow-wrap:anywhere} td{overflow-wrap:anywhere} code{font-size:12px}

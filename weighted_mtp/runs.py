@@ -214,7 +214,7 @@ def load_parts(
 ): # (tokenizer, backbone)
     "The tokenizer and the backbone that a config names; the embedded data set is made if it is asked for and absent."
     m, d, where = config.model, config.dataset, config.model.tokenizer
-    if d.embedded: where = _embedded_data(d, where)
+    if d.embedded: where = _embedded_data(d, where, critical=config.training.weighting == 'oracle')
     if m.backbone == 'micro' and not where:
         raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or "
                         "dataset.embedded=true.")
@@ -227,12 +227,12 @@ def load_parts(
     _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
     return tokenizer, backbone
 
-def _embedded_data(d, tokenizer): # the tokenizer to use with it: its own if none is named
+def _embedded_data(d, tokenizer, **how): # the tokenizer to use with it: its own if none is named
     from weighted_mtp.synthetic import make_dataset
     if not d.train.strip(): raise UserError("dataset.train is empty: the data set is made in that file's folder.")
     n, folder = d.n_problems, Path(d.train).parent
     sizes = dict(n_problems=n, n_held_out=min(400, n//2)) if n else {}
-    print(f"{folder}: {make_dataset(folder, **sizes)['counts']}", flush=True)
+    print(f"{folder}: {make_dataset(folder, **sizes, **how)['counts']}", flush=True)
     return tokenizer or folder/'tokenizer'
 
 def _load_tokenizer(path):

@@ -17,7 +17,7 @@ from .generation import generate
 from .sandbox import run_program
 
 # %% ../nbs/evaluation/21_solving.ipynb #22b00006
-_PARTS = ('TooLong', '_Counted', 'load_program', 'outcomes') # of `problems`: the process cannot import the package
+_PARTS = ('TooLong', '_sized', '_Counted', 'load_program', 'outcomes') # of `problems`: the process cannot import the package
 _MAIN = """
 for line in sys.stdin:
     code, inputs, expected = json.loads(line)
@@ -29,13 +29,13 @@ for line in sys.stdin:
 def _runner(): # the program that runs programs: verdicts go where no program can write
     names = ', '.join(problem_code.BUILTINS)
     head = (f'import ast, copy, io, json, sys\nBUILTINS = {{f.__name__: f for f in ({names})}}\n'
-            f'MAX_STEPS = {problem_code.MAX_STEPS}\nresults = io.StringIO()\n')
+            f'MAX_STEPS = {problem_code.MAX_STEPS}\nMAX_SIZE = {problem_code.MAX_SIZE}\nresults = io.StringIO()\n')
     parts = (inspect.getsource(getattr(problem_code, name)) for name in _PARTS)
     return '\n'.join([head, *parts, _MAIN, 'print(results.getvalue())'])
 
 def _solved_batch(pairs): # (program, problem) pairs, distinct programs
     jobs = [json.dumps([code, repr(list(p.inputs)), p.expected]) for code, p in pairs]
-    done = run_program(_runner(), '\n'.join(jobs), timeout=120)
+    done = run_program(_runner(), '\n'.join(jobs), timeout=20)
     if done.passed: return [x == '1' for x in done.stdout.strip()]
     if len(pairs) == 1: return [False] # it brought the process down
     half = len(pairs)//2

@@ -30,7 +30,8 @@ def objective(data, *overrides, head='ratio'):
                              'training.learning_rate=1e-3', 'training.warmup_ratio=0', *overrides])
     prepare(c)
     tokenizer = AutoTokenizer.from_pretrained(data/'tokenizer')
-    return c, CriticObjective(c, tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=32, n_layers=2, n_heads=2))
+    micro = make_micro_model(tokenizer=tokenizer, hidden_size=32, n_layers=2, n_heads=2)
+    return c, CriticObjective(c, tokenizer, micro)
 
 def moved(before, model): # name -> whether a trained parameter has changed
     return {n: not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad}

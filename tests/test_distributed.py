@@ -12,8 +12,9 @@ from weighted_mtp.outcomes import last_words
 ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
-SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2',
-         'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
+CRITICS = ('critic', 'critic-bce', 'critic-lora', 'critic-mlp') # ratio, unless the name says otherwise
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.backbone=micro', 'model.hidden_size=32',
+         'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
 
 def shell(root, *words, n=1, timeout=300): # a program of ours, under torchrun where it is more than one process
@@ -40,6 +41,8 @@ def micro(seed): return make_micro_model(seed=seed, **sizes)
 torch.manual_seed(0)
 save_checkpoint('critic.pt', build_value_model(micro(1), head='surprise'), vocabulary=vocabulary_id(tok))
 save_checkpoint('reference.pt', build_policy(micro(2), 1), vocabulary=vocabulary_id(tok))
+micro(3).save_pretrained('backbone')
+tok.save_pretrained('backbone')
 '''
 
 @pytest.fixture(scope='module')
@@ -64,17 +67,26 @@ from weighted_mtp.runs import is_main, load_parts, prepare
 from weighted_mtp.sharding import full_tensor
 out, overrides = sys.argv[1], sys.argv[2:]
 found = {}
+VARIANTS = {'critic-bce': ['critic.bce_weight=0.5'],
+            'critic-lora': ['model.tuning=lora', 'model.lora.dropout=0', 'model.backbone=backbone',
+                            'training.gradient_checkpointing=true'],
+            'critic-mlp': ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1']}
 for name in %r:
-    more = ['critic.value_weight=0.5', 'critic.lm_first=0'] if name == 'critic' else []
-    c = load_config(f'configs/{name}/{name}_micro.yaml', overrides + more)
+    pipeline = name.split('-')[0]
+    c = load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', overrides + VARIANTS.get(name, []))
     prepare(c)
-    objective = {**OBJECTIVES, 'critic': CriticObjective}[name](c, *load_parts(c))
+    objective = {**OBJECTIVES, 'critic': CriticObjective}[pipeline](c, *load_parts(c))
+    if pipeline == 'critic': # as after some steps: two equal models would differ by rounding alone
+        seeded = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, p in sorted(objective.model.named_parameters(), key=lambda x: x[0]):
+                if p.requires_grad: p.add_(.02*torch.randn(p.shape, generator=seeded))
     total = sum(p.numel() for p in objective.model.parameters())
     trainer = make_trainer(objective, c)
     held = sum(getattr(p, '_local_tensor', p).numel() for p in objective.model.parameters())
     grads = []
     def keep(*args):
-        in_order = sorted(trainer.model.named_parameters())
+        in_order = sorted((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
         grads.append(torch.cat([full_tensor(p.grad).flatten() for _, p in in_order]))
     trainer.optimizer.register_step_pre_hook(keep)
     train(trainer)
@@ -83,7 +95,7 @@ for name in %r:
     found[name] = dict(grads=torch.stack(grads), logs=logs, held=held/total, evaluated=evaluate(trainer),
                        items=[len(objective.data)], moments=moments and moments.state_dict())
 if is_main(): torch.save(found, out)
-''' % (PIPELINES,)
+''' % ((*PIPELINES, *CRITICS[1:]),)
 
 def cut(batch, accum): return [f'training.batch_size={batch}', f'training.gradient_accumulation_steps={accum}']
 CUTS = {'one 1 x 24': (1, cut(24, 1)), 'one 3 x 8': (1, cut(8, 3)),
@@ -105,7 +117,7 @@ def steps(root):
         found[name] = torch.load(out, weights_only=True)
     return found
 
-@pytest.mark.parametrize('pipeline', PIPELINES)
+@pytest.mark.parametrize('pipeline', (*PIPELINES, *CRITICS[1:]))
 @pytest.mark.parametrize('name', list(CUTS)[1:])
 def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     want, got = steps['one 1 x 24'][pipeline], steps[name][pipeline]
@@ -128,7 +140,7 @@ def launched(root): # every pipeline through the launch notebook, on two process
     def request(pipeline, ngpus):
         name = f'{pipeline}-{ngpus}'
         overrides = [*SMALL, CRITIC, REFERENCE, f'experiment.name={name}', *cut(12//ngpus, 2), 'training.max_steps=26',
-                     'checkpoint.save_checkpoint_every=0.5', 'critic.lm_first=0.3', 'critic.blind_yardstick=false']
+                     'checkpoint.save_checkpoint_every=0.5', 'critic.blind_yardstick=false']
         return dict(pipeline=pipeline, ngpus=ngpus, target='local', name=name, overrides=' '.join(overrides))
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
     requests = [request(p, n) for n in [2] + [1]*ALL for p in PIPELINES]
@@ -169,7 +181,7 @@ RESUMED = [('verifiable', 'FULL_SHARD'), ('critic', 'FULL_SHARD'), ('baseline', 
 @pytest.mark.parametrize('pipeline, strategy', RESUMED)
 def test_one_process_resumes_where_two_were(root, pipeline, strategy):
     folder = root/f'ckpt-{pipeline}-{strategy}'
-    common = [CRITIC, REFERENCE, 'training.max_steps=13', f'checkpoint.save_dir={folder}', 'critic.lm_first=0',
+    common = [CRITIC, REFERENCE, 'training.max_steps=13', f'checkpoint.save_dir={folder}',
               f'distributed.fsdp.sharding_strategy={strategy}', 'critic.blind_yardstick=false',
               'checkpoint.save_checkpoint_every=0.5']
     done = train(root, pipeline, *common, *cut(4, 3), n=2)

@@ -20,7 +20,11 @@ CASES = { # pipeline, model, training, length of samples, processes, more overri
         'batch_size=8 gradient_checkpointing=true', 256, 1),
     'baseline: LoRA': ('baseline', 'hidden_size=512 n_layers=2 n_heads=8 tuning=lora', 'batch_size=2', 256, 1),
     'baseline: heads alone': ('baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=frozen', 'batch_size=3', 256, 1),
-    'critic: with logits': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1),
+    'critic: with logits': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1,
+                            'critic.head=surprise', 'critic.lm_weight=1'),
+    'critic: ratio': ('critic', 'hidden_size=512 n_layers=2 n_heads=8', 'batch_size=2', 256, 1),
+    'critic: ratio, both on all': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1,
+                                   'critic.bce_weight=1'),
     'rho1: with reference': ('rho1', 'hidden_size=384 n_layers=1 n_heads=8', 'batch_size=3', 256, 1),
     'ntp: sharded over two': ('ntp', 'hidden_size=640 n_layers=3 n_heads=8', f'batch_size=2 {ACCUMULATE}', 128, 2),
     'ntp: copied over two': ('ntp', 'hidden_size=640 n_layers=2 n_heads=8', 'batch_size=2', 128, 2, NO_SHARD)}
@@ -33,7 +37,7 @@ def config_of(case, root): # the case's config, its files in `root`
     overrides += ['dataset.test=null', f'checkpoint.save_dir={root}/{os.getpid()}', f'dataset.max_length={length}',
                   'dataset.n_problems=100', 'data_sampling.n_validation=2', 'training.cpu_threads=1',
                   f'training.max_steps={PER_STEP}', 'checkpoint.save_checkpoint_every=1',
-                  'critic.blind_yardstick=false', 'critic.lm_first=0', *other]
+                  'model.backbone=micro', 'critic.blind_yardstick=false', 'critic.lm_first=0', *other]
     if pipeline == 'rho1': overrides.append(f'experiment.reference_checkpoint={root}/reference')
     return load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', overrides)
 

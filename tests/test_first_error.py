@@ -59,7 +59,8 @@ def test_a_step_moves_adapters_and_both_heads(objective_of):
     same = [n for n, p in objective.model.named_parameters() if p.requires_grad and (p == before[n]).all()]
     assert not same and any('lora_A' in n for n in before), same
 
-@pytest.mark.parametrize('tuning', [['model.tuning=full'], LORA, ['model.tuning=frozen']], ids=['full', 'lora', 'frozen'])
+@pytest.mark.parametrize('tuning', [['model.tuning=full'], LORA, ['model.tuning=frozen']],
+                         ids=['full', 'lora', 'frozen'])
 def test_risk_does_not_see_the_token(objective_of, tuning):
     """Changing x_t leaves the risk of t as it was, and all that comes before; hazard sees it."""
     objective = objective_of(*tuning)

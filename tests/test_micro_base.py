@@ -15,7 +15,8 @@ from weighted_mtp.synthetic import make_dataset
 FOLDER = Path(model_folder('micro-base'))
 
 def recipe(): # steps, problems, seed: as the card says
-    command = re.search(r'wmtp-setup base --steps (\d+) --problems (\d+) --seed (\d+)', (FOLDER/'README.md').read_text())
+    card = (FOLDER/'README.md').read_text()
+    command = re.search(r'wmtp-setup base --steps (\d+) --problems (\d+) --seed (\d+)', card)
     return [int(x) for x in command.groups()]
 
 def test_it_saw_no_problem_of_the_embedded_default():

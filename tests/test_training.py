@@ -7,9 +7,9 @@ import pytest, torch
 import warm
 
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
-SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2',
-         'model.n_heads=2', 'training.max_steps=12', 'training.log_every=4', 'training.cpu_threads=1',
-         'checkpoint.save_checkpoint_every=0.2', 'critic.lm_first=0.25']
+SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.backbone=micro', 'model.hidden_size=32',
+         'model.n_layers=2', 'model.n_heads=2', 'training.max_steps=12', 'training.log_every=4',
+         'training.cpu_threads=1', 'checkpoint.save_checkpoint_every=0.2']
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
@@ -48,10 +48,18 @@ def test_run_leaves_everything(project, first):
     m = result['metrics']
     for name in ('pairwise_accuracy', 'pairwise_accuracy_mutant', 'pairwise_accuracy_sibling', 'margin', 'roc_auc',
                  'value_variance', 'delta_spikiness', 'position_correlation', 'likelihood_accuracy', 'blind_accuracy',
-                 'blind_accuracy_sibling', 'drop_within_2', 'drop_within_2_random'):
+                 'blind_accuracy_sibling', 'blind_auc', 'drop_within_2', 'drop_within_2_random', 'drop_on_mutation',
+                 'drop_on_mutation_random', 'accuracy', 'ece', 'brier', 'likelihood_auc', 'base_likelihood_auc',
+                 'base_likelihood_auc_min', 'length_correlation'):
         assert math.isfinite(m[f'test/{name}']), name
     assert all(w in first.stdout for w in ('checkpoint_best.pt', 'runs/first', 'mlflow ui')), first.stdout
     assert (project/result['pictures'][0]).is_file()
+    programs = read(project, 'first', 'critic_programs.json')
+    assert len(programs) == 2*m['test/pairs'] and all(0 <= p['value'] <= 1 for p in programs)
+    right = sum((p['value'] > .5) == p['correct'] for p in programs)/len(programs)
+    assert right == pytest.approx(m['test/accuracy'])
+    found = [p['mutation'][0] <= p['drop_at'] <= p['mutation'][1] for p in programs if p['mutation']]
+    assert sum(found)/len(found) == pytest.approx(m['test/drop_on_mutation'])
 
 def test_checkpoints_describe_themselves(project, first):
     folder = project/'storage/checkpoints/critic/critic-pretrain'
@@ -60,9 +68,11 @@ def test_checkpoints_describe_themselves(project, first):
     for name in names:
         c = torch.load(folder/name, weights_only=True)
         assert {'model_config', 'state', 'config', 'step', 'metrics', 'code_version', 'pipeline'} <= c.keys()
-    from weighted_mtp.models import load_value_model
-    values = load_value_model(folder/'checkpoint_best.pt')(torch.tensor([[3, 4, 5]])).values
-    assert values.shape == (1, 3) and values.isfinite().all()
+    from weighted_mtp.critic import load_critic
+    critic, ids = load_critic(folder/'checkpoint_best.pt'), torch.tensor([[3, 4, 5]])
+    r, V = critic.credit(ids, torch.ones_like(ids), torch.ones_like(ids))
+    assert r.shape == V.shape == (1, 3) and r.isfinite().all() and ((V > 0) & (V < 1)).all()
+    assert critic.scale > 0 and c['head'] == 'ratio' and {'roc_auc', 'ece'} <= c['metrics'].keys()
 
 def test_mlflow_holds_the_run(project, first):
     import mlflow
@@ -70,7 +80,7 @@ def test_mlflow_holds_the_run(project, first):
     run = mlflow.tracking.MlflowClient(result['mlflow_uri']).get_run(result['mlflow_run_id'])
     assert run.info.status == 'FINISHED' and run.data.params['training.batch_size'] == '16'
     assert run.data.metrics['test/pairwise_accuracy'] == result['metrics']['test/pairwise_accuracy']
-    assert {'train/loss', 'train/pairwise_loss', 'train/lm_loss', 'eval/pairwise_accuracy'} <= run.data.metrics.keys()
+    assert {'train/loss', 'train/lm_loss', 'train/lm_loss_wrong', 'eval/roc_auc', 'eval/ece'} <= run.data.metrics.keys()
 
 def test_papermill_of_the_record_repeats_bit_for_bit(project, first):
     done = shell(project, 'papermill', 'runs/first/launch.ipynb', 'runs/again.ipynb')
@@ -104,7 +114,7 @@ BAD = [('critic', no_data('empty'), 'is empty'),
     ('critic', no_data('missing'), 'not found'),
     ('verifiable', ['experiment.critic_checkpoint=none.pt'], 'none.pt not found'),
     ('verifiable', ['experiment.critic_checkpoint=torn.pt'], 'truncated'),
-    ('verifiable', ['experiment.critic_checkpoint=policy.pt'], 'not a value model'),
+    ('verifiable', ['experiment.critic_checkpoint=policy.pt'], 'not a critic'),
     ('verifiable', ['experiment.critic_checkpoint=foreign.pt'], 'another tokenizer'),
     ('rho1', ['experiment.reference_checkpoint=none.pt'], 'ref_tuning'),
     ('rho1', [f'experiment.reference_checkpoint={BEST}'], 'not a policy'),
@@ -121,14 +131,14 @@ BAD = [('critic', no_data('empty'), 'is empty'),
 
 def make_bad_models(folder, best):
     from transformers import AutoTokenizer
-    from weighted_mtp.models import build_policy, load_value_model, save_checkpoint
+    from weighted_mtp.models import build_policy, load_critic_model, save_checkpoint
     from weighted_mtp.synthetic import make_micro_model, train_tokenizer
     sizes = dict(hidden_size=32, n_layers=2, n_heads=2)
     for name, n in (('foreign', 300), ('renumbered', 1024)):
         tokenizer = train_tokenizer([f'other words {i}' for i in range(4000)], folder/name, n)
         make_micro_model(folder/name, tokenizer, **sizes)
     (folder/'torn.pt').write_bytes(best.read_bytes()[:9000])
-    save_checkpoint(folder/'foreign.pt', load_value_model(best), vocabulary='another')
+    save_checkpoint(folder/'foreign.pt', load_critic_model(best), vocabulary='another')
     own = AutoTokenizer.from_pretrained(folder/'storage/datasets/synthetic/tokenizer')
     save_checkpoint(folder/'policy.pt', build_policy(make_micro_model(tokenizer=own, **sizes), 2))
 
@@ -180,9 +190,9 @@ def test_full_disk_keeps_the_previous_checkpoint(project, first):
     code = '''
 import signal, sys, torch
 from weighted_mtp.config import UserError
-from weighted_mtp.models import load_value_model, save_checkpoint
+from weighted_mtp.models import load_critic_model, save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN) # the write then fails with an error, as on a full disk
-model = load_value_model(sys.argv[1])
+model = load_critic_model(sys.argv[1])
 try: save_checkpoint(sys.argv[1], model, step=99)
 except UserError as e: print(e); sys.exit(2)
 '''
@@ -194,23 +204,26 @@ except UserError as e: print(e); sys.exit(2)
     assert done.returncode == 2 and 'could not be saved' in done.stdout, done.stdout + done.stderr
     assert best.read_bytes() == before and not list(best.parent.glob('*.part'))
 
-@pytest.mark.parametrize('tuning, head', [('lora', 'mlp'), ('frozen', 'linear'), ('full', 'sigmoid')])
+TUNED = [('lora', 'mlp'), ('lora', 'ratio'), ('frozen', 'linear'), ('full', 'sigmoid')]
+
+@pytest.mark.parametrize('tuning, head', TUNED)
 def test_every_tuning_trains_and_loads(project, first, tuning, head):
     """LoRA and a frozen backbone need a backbone on disk: the checkpoint holds only what was trained, and names it."""
     from transformers import AutoTokenizer
-    from weighted_mtp.models import load_value_model
+    from weighted_mtp.critic import load_critic
     from weighted_mtp.synthetic import make_micro_model
     backbone, tokenizer = project/'storage/models/micro', project/'storage/datasets/synthetic/tokenizer'
     if not backbone.exists(): make_micro_model(backbone, AutoTokenizer.from_pretrained(tokenizer), 32, 2, 2)
     done = train(project, f'model.backbone={backbone}', f'model.tuning={tuning}', f'critic.head={head}',
-                 f'experiment.name={tuning}', 'critic.value_weight=0.5', 'critic.lm_first=0', 'critic.lm_weight=0',
-                 'training.td_lambda_schedule=cosine', 'model.lora.r=4', 'critic.blind_yardstick=false',
-                 'training.gradient_checkpointing=true')
+                 f'experiment.name={tuning}-{head}', 'critic.value_weight=0.5', 'critic.lm_first=0',
+                 'critic.lm_weight=0', 'training.td_lambda_schedule=cosine', 'model.lora.r=4',
+                 'critic.blind_yardstick=false', 'training.gradient_checkpointing=true')
     assert done.returncode == 0, done.stdout + done.stderr
-    best = project/f'storage/checkpoints/critic/{tuning}/checkpoint_best.pt'
+    best = project/f'storage/checkpoints/critic/{tuning}-{head}/checkpoint_best.pt'
     state = torch.load(best, weights_only=True)['state']
     assert any(n.startswith('backbone.') and 'lora_' not in n for n in state) == (tuning == 'full')
-    assert load_value_model(best)(torch.tensor([[3, 4, 5]])).values.isfinite().all()
+    ids = torch.tensor([[3, 4, 5]])
+    assert all(x.isfinite().all() for x in load_critic(best).credit(ids, torch.ones_like(ids), torch.ones_like(ids)))
 
 def run_page(project, name, **sizes): # lines of its results file, and what it printed
     for folder in ('nbs/studies', 'runs'): (project/folder).mkdir(exist_ok=True)

@@ -117,7 +117,7 @@ def test_weightings_differ_in_their_weights_alone(steps):
     for log in logs.values(): # one model, one batch
         assert log['train/uniform_loss'] == pytest.approx(logs['uniform']['train/uniform_loss'], rel=1e-5)
     assert len({log['train/loss'] for log in logs.values()}) == len(WEIGHTINGS)
-    assert logs['uniform']['train/loss'] == pytest.approx(logs['uniform']['train/uniform_loss'], rel=1e-6)
+    assert logs['uniform']['train/loss'] == pytest.approx(logs['uniform']['train/uniform_loss'], rel=1e-5)
     assert logs['uniform']['train/weight_entropy'] == pytest.approx(1)
     for k in ('mean', 'std', 'entropy', 'clipped_low', 'clipped_high'): # the same numbers on other tokens
         assert logs['shuffled'][f'train/weight_{k}'] == pytest.approx(logs['credit'][f'train/weight_{k}'], rel=1e-6)

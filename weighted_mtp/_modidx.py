@@ -1358,6 +1358,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'weighted_mtp/model_sizes.py'),
                                           'weighted_mtp.model_sizes.rest_parameters': ( 'models/model_sizes.html#rest_parameters',
                                                                                         'weighted_mtp/model_sizes.py'),
+                                          'weighted_mtp.model_sizes.risk_head_parameters': ( 'models/model_sizes.html#risk_head_parameters',
+                                                                                             'weighted_mtp/model_sizes.py'),
                                           'weighted_mtp.model_sizes.shape_from_file': ( 'models/model_sizes.html#shape_from_file',
                                                                                         'weighted_mtp/model_sizes.py'),
                                           'weighted_mtp.model_sizes.shape_of_checkpoint': ( 'models/model_sizes.html#shape_of_checkpoint',

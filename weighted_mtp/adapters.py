@@ -85,8 +85,8 @@ def add_lora(
             inject_adapter_in_model(config, backbone, name)
     except (ValueError, KeyError, re.error) as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"model.lora.target_modules = {lora['target_modules']}: {why} A list holds the last parts of layers' names "
-                        "(q_proj), a text is a regular expression for a layer's full name (.*q_proj) or "
+        raise UserError(f"model.lora.target_modules = {lora['target_modules']}: {why} A list holds the last parts of "
+                        "layers' names (q_proj), a text is a regular expression for a layer's full name (.*q_proj) or "
                         "all-linear.") from None
     check_adapted_layers(backbone, lora['target_modules'])
     for p in lora_parameters(backbone): p.requires_grad_(True) # peft freezes the adapters that were there before

@@ -25,13 +25,14 @@ def _logistic(z, y): # (slope, intercept) of the maximum likelihood, targets y i
 def fit_logistic(
     score, # (N,) of programs, any float dtype
     correct, # (N,) whether they are
+    noise:float=0., # Standard deviation of scores that are equal but for rounding
 )->tuple: # (scale > 0, bias): floats, always finite
     "Logistic regression of correctness on the score (Platt 1999; Lin, Lin and Weng 2007, for separable scores)."
     s, y = score.double().cpu(), correct.bool().cpu()
     n_good, n_bad = int(y.sum()), int((~y).sum())
     if not (n_good and n_bad and s.isfinite().all()): return 1., 0.
     prior, mean, std = math.log(n_good/n_bad), s.mean(), s.std(correction=0)
-    if std < 1e-12*max(1., mean.abs().item()): return 1., prior - mean.item()
+    if std <= max(noise, 1e-12*max(1., mean.abs().item())): return 1., prior - mean.item()
     separable = s[y].min() >= s[~y].max()
     targets = torch.where(y, (n_good+1)/(n_good+2), 1/(n_bad+2)) if separable else y.double()
     slope, intercept = _logistic((s - mean)/std, targets.double())

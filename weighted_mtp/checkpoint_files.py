@@ -155,16 +155,16 @@ def merged_state(
 
 @torch.no_grad()
 def export_backbone(
-    policy:MTPForCausalLM,
+    policy, # An `MTPForCausalLM`; or a ratio critic, of which p+ is saved
     folder, # To make
     tokenizer=None, # Saved with it
 )->Path:
     "Save trunk and head 1 as a plain Hugging Face model."
-    backbone = policy.backbone
+    backbone, adapter = policy.backbone, 'correct' if isinstance(policy, RatioModel) else 'default'
     config, ends = copy.deepcopy(backbone.config), (backbone.get_input_embeddings(), backbone.get_output_embeddings())
     if any(isinstance(m, LoraLayer) for m in ends): config.tie_word_embeddings = False # no longer the same numbers
     with torch.device('meta'): plain = type(backbone)(config)
-    plain.load_state_dict(merged_state(backbone), assign=True, strict=False) # tied weights have two names
+    plain.load_state_dict(merged_state(backbone, adapter), assign=True, strict=False) # tied weights have two names
     plain.generation_config = copy.deepcopy(backbone.generation_config)
     plain.tie_weights()
     plain.save_pretrained(folder)

@@ -32,8 +32,8 @@ def _training(config):
                "would weigh the same.")
     if config.pipeline != 'critic': return
     if c.head == 'ratio' and config.model.tuning == 'frozen':
-        yield ("model.tuning = frozen leaves nothing to train with critic.head = ratio, whose two language models differ "
-               "by what they learn: choose lora or full.")
+        yield ("model.tuning = frozen leaves nothing to train with critic.head = ratio, whose two language models "
+               "differ by what they learn: choose lora or full.")
     if c.head not in ('ratio', 'first_error') and not (c.pairwise_weight or c.value_weight):
         yield "critic.pairwise_weight and critic.value_weight are both 0: there is nothing to train."
 

@@ -83,6 +83,18 @@ class CriticObjective:
         c, m = self.config.critic, self.config.model
         return dict(complete=m.tuning == 'full', backbone=m.backbone, head=c.head, **tokenizer_facts(self.tokenizer))
 
+# %% ../nbs/training/09_critic.ipynb #a1700911
+def outcome_loss(
+    evidence, # (2B, T) log-likelihood ratios, 0 where masked: of B correct solutions, then of B wrong ones
+    mask, # (2B, T) response tokens
+    pairs, # Pairs of the complete optimizer step
+): # Scalar float32: the batch's share of the mean over all programs
+    "Binary cross-entropy of sigmoid(sum r) against correctness."
+    correct = torch.cat([torch.ones(len(mask)//2), torch.zeros(len(mask)//2)]).to(evidence)
+    losses = F.binary_cross_entropy_with_logits(evidence.sum(1), correct, reduction='none')
+    whole = mask.any(1).view(2, -1).all(0).repeat(2) # not the rows that only fill a batch
+    return torch.where(whole, losses, 0.).sum() / (2*pairs).clamp(min=1)
+
 # %% ../nbs/training/09_critic.ipynb #b6217917
 @patch
 def lm_loss(self:CriticObjective, model, batch, totals):
@@ -118,17 +130,6 @@ def value_head_loss(self:CriticObjective, model, batch, totals):
     return sum(parts.values()), parts
 
 # %% ../nbs/training/09_critic.ipynb #a1700902
-def outcome_loss(
-    evidence, # (2B, T) log-likelihood ratios, 0 where masked: of B correct solutions, then of B wrong ones
-    mask, # (2B, T) response tokens
-    pairs, # Pairs of the complete optimizer step
-): # Scalar float32: the batch's share of the mean over all programs
-    "Binary cross-entropy of sigmoid(sum r) against correctness."
-    correct = torch.cat([torch.ones(len(mask)//2), torch.zeros(len(mask)//2)]).to(evidence)
-    losses = F.binary_cross_entropy_with_logits(evidence.sum(1), correct, reduction='none')
-    whole = mask.any(1).view(2, -1).all(0).repeat(2) # not the rows that only fill a batch
-    return torch.where(whole, losses, 0.).sum() / (2*pairs).clamp(min=1)
-
 @patch
 def ratio_loss(self:CriticObjective, model, batch, totals):
     "Of the ratio critic: arguments and result as of `loss`."
@@ -173,7 +174,9 @@ def _gather(self:CriticObjective, trainer, split, rows): # (N, …) on the CPU, 
 def _calibrate(self:CriticObjective, trainer, read): # scale, bias and mean risk, from validation programs
     if is_bounded(self.model): return # its values are probabilities as they are
     scores = self._gather(trainer, 'validation', [by_pair(x.score) for x in read]) # (N, 2)
-    self.model.set_calibration(*fit_logistic(scores.flatten(), torch.tensor([True, False]).repeat(len(scores))))
+    noise = 0. if self.is_value_head else 1e-3 # nats: sums of a few hundred tokens, in float32
+    correct = torch.tensor([True, False]).repeat(len(scores))
+    self.model.set_calibration(*fit_logistic(scores.flatten(), correct, noise))
     if read[0].risk is not None:
         self.model.set_mean_risk(mean_risk(self._gather(trainer, 'validation', [x.risk for x in read])))
 

@@ -82,7 +82,8 @@ def logit_bytes(s, copies):
 def loss_bytes(s):
     "What the last norm, the head and the loss keep through the backward pass."
     D = s.a.D
-    if s.keeps_logits: return s.tokens*D*(8 + s.width)
+    wide = 32 if s.c.critic.head == 'first_error' else 0 # its two heads
+    if s.keeps_logits: return s.tokens*D*(8 + s.width + wide)
     of_unembedding = (1 + s.is_ratio)*s.full*s.a.vocab*D*(4 if s.stored == 4 else 6)
     return s.tokens*s.p.heads*D*(4 + (1 + s.full)*s.width) + of_unembedding
 
@@ -94,6 +95,8 @@ def _working_bytes_of_block(s):
 def _working_bytes_of_loss(s):
     a, critic = s.a, s.c.critic
     if s.is_ratio and s.keeps_logits: return logit_bytes(s, 4)
+    features = min(logit_bytes(s, 4), 2**27) # of first_error: made of a few logits at a time
+    if s.keeps_logits and critic.head == 'first_error' and not critic.lm_weight: return features
     if s.keeps_logits: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)
     rows = s.tokens*s.p.heads
     chunk = min(max(1, a.D//4, 2**17//a.vocab), rows) # as `losses.mtp_loss` cuts them
@@ -153,7 +156,9 @@ def _forward_flops(a, blocks, length): return blocks*(2*matrix_parameters(a) + 4
 def _unembedding_flops(c, a, p): # for each token: all heads' products with the unembedding
     is_full = c.model.tuning == 'full'
     if is_ratio(c): products = 2 + is_full
-    elif c.pipeline == 'critic': products = 2+is_full if c.critic.lm_weight else 1 if c.critic.head == 'surprise' else 0
+    elif c.pipeline == 'critic':
+        sees_likelihood = c.critic.head in ('first_error', 'surprise')
+        products = (c.critic.head == 'first_error') + 2 + is_full if c.critic.lm_weight else int(sees_likelihood)
     else: products = p.heads*(2 + is_full + (c.pipeline == 'rho1'))
     return 2*a.vocab*a.D*products
 

@@ -72,7 +72,7 @@ def first_wrong_token(
     correct, # Of each correct program of its problem
     names=frozenset(), # Token ids that may be called otherwise
 )->tuple: # (position, distance); (None, None) where there is no correct program, or one with the same tokens
-    "Where a wrong program parts from its nearest correct one; of equally near ones, from that which it follows longest."
+    "Where a wrong program parts from its nearest correct one; of equally near ones, from the one it follows longest."
     best = None
     for b in sorted(correct, key=lambda b: abs(len(b) - len(wrong))):
         if best and abs(len(b) - len(wrong)) > best[0]: break # it cannot be nearer
@@ -145,8 +145,8 @@ def with_first_wrong(
     pairs = FirstWrongPairs(pairs, tokenizer)
     known = places_known(pairs)
     if known[''] == 1:
-        raise UserError(f"{path}: the first wrong token is known of no wrong program: none has a `mutation`, and none is "
-                        f"within {NEAR} tokens of a correct one. Use critic.head=ratio, which does not need it.")
+        raise UserError(f"{path}: the first wrong token is known of no wrong program: none has a `mutation`, and none "
+                        f"is within {NEAR} tokens of a correct one. Use critic.head=ratio, which does not need it.")
     print(f"{path}: first wrong token known of {1-known['']:.0%} of the wrong programs "
           f"({known['mutation']:.0%} by mutation, {known['difference']:.0%} by difference)", flush=True)
     return pairs

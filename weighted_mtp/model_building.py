@@ -109,7 +109,8 @@ def build_value_model(
     backbone = next_token_model(backbone)
     check_backbone(backbone)
     config = ValueConfig(backbone_config=copy.deepcopy(backbone.config), head=head, head_dropout=head_dropout,
-                         head_bias=head_bias, initial_value=initial_value, lora=dict(lora) if tuning == 'lora' else None)
+                         head_bias=head_bias, initial_value=initial_value,
+                         lora=dict(lora) if tuning == 'lora' else None)
     model = ValueModel(config, backbone)
     check_logits(model)
     if tuning == 'frozen': model.backbone.requires_grad_(False)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOCAB', 'KNOWN', 'make_shape', 'shape_from_file', 'architecture', 'to_namespace', 'as_attributes',
-           'value_head_parameters', 'matrix_parameters', 'block_parameters', 'rest_parameters', 'is_ratio',
-           'adapter_parameters', 'count_parameters', 'shape_of_checkpoint', 'other_model', 'inference_parameters']
+           'risk_head_parameters', 'value_head_parameters', 'matrix_parameters', 'block_parameters', 'rest_parameters',
+           'is_ratio', 'adapter_parameters', 'count_parameters', 'shape_of_checkpoint', 'other_model',
+           'inference_parameters']
 
 # %% ../nbs/models/12_model_sizes.ipynb #16d01202
 import re
@@ -65,8 +66,14 @@ def as_attributes(
     "A config as plain attributes."
     return to_namespace(config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True))
 
+def risk_head_parameters(D, features):
+    "Of one of a first-error critic's two heads, on hidden size D and so many features."
+    width = max(16, D//2)
+    return 2*D + (D + features)*width + width*width + 3*width + 1 # 2D: the norm
+
 def value_head_parameters(D, kind):
     "Of a critic's head on hidden size D."
+    if kind == 'first_error': return risk_head_parameters(D, 5) + risk_head_parameters(D, 2)
     mlp = D*(D//4) + D//4 + (D//4)*(D//8) + 2*(D//8) + 1
     gates = 2*D + 2 if kind == 'surprise' else 0
     return 2*D + (D+1 if kind in ('linear', 'sigmoid') else mlp) + gates # 2D: the norm

@@ -23,6 +23,6 @@ from .value_model import ValueModel
 # %% ../nbs/models/09_models.ipynb #16d00900
 # Public names of the other modules of this folder
 _all_ = ['MTPForCausalLM', 'ValueModel', 'RatioModel', 'FirstErrorModel', 'load_backbone', 'build_policy',
-         'build_value_model', 'build_ratio_model', 'build_first_error_model', 'load_ratio_model', 'load_critic_model',
-         'check_logits',          'load_meta_checkpoint', 'convert_meta', 'save_checkpoint', 'read_checkpoint', 'trained_state', 'load_policy',
-         'load_value_model', 'export_backbone']
+         'build_value_model', 'build_ratio_model', 'build_first_error_model', 'load_ratio_model',
+         'load_critic_model', 'check_logits', 'load_meta_checkpoint', 'convert_meta', 'save_checkpoint',
+         'read_checkpoint', 'trained_state', 'load_policy', 'load_value_model', 'export_backbone']

@@ -89,9 +89,9 @@ class Model:
 @dataclass
 class Critic:
     "What kind of critic, and its losses; pipeline critic."
-    # ratio: two language models, of correct and of wrong solutions, and their log-ratio; first_error: the hazard of each
-    # token of being the first wrong one, and the risk before it. The others are value heads on the hidden states;
-    # surprise also sees the backbone's log-probability of each token
+    # ratio: two language models, of correct and of wrong solutions, and their log-ratio; first_error: the hazard that a
+    # token is the first wrong one, and the risk before it. The others are value heads on the hidden states; surprise
+    # also sees the backbone's log-probability of each token
     head: str = setting('ratio', choices=('ratio', 'first_error', 'linear', 'sigmoid', 'mlp', 'surprise'))
     bce_weight: float = setting(0.0, '[0, 1e6]') # ratio: of the cross-entropy of σ(Σ r) against correctness
     head_dropout: float = setting(0.0, '[0, 1)') # Between the layers of first_error, mlp and surprise

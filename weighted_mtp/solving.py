@@ -17,7 +17,8 @@ from .generation import generate
 from .sandbox import run_program
 
 # %% ../nbs/evaluation/21_solving.ipynb #22b00006
-_PARTS = ('TooLong', '_sized', '_Counted', 'load_program', 'outcomes') # of `problems`: the process cannot import the package
+# Of `problems`: the process cannot import the package
+_PARTS = ('TooLong', '_sized', '_Counted', 'load_program', 'outcomes')
 _MAIN = """
 for line in sys.stdin:
     code, inputs, expected = json.loads(line)

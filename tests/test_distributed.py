@@ -126,7 +126,10 @@ def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     for g, w in zip(got['logs'], want['logs'], strict=True):
         assert g.keys() == w.keys()
         for k in g: assert g[k] == pytest.approx(w[k], rel=1e-5, abs=1e-6), k
-    for k, w in want['evaluated'].items(): assert got['evaluated'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
+    shape = ('position_correlation', 'delta_spikiness') # of a V that is constant: rounding
+    skipped = shape if want['evaluated'].get('value_variance', 1) < 1e-9 else ()
+    for k, w in want['evaluated'].items():
+        assert k in skipped or got['evaluated'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
     if want['moments']: torch.testing.assert_close(got['moments'], want['moments'])
 
 def test_sharding_spreads_the_parameters(steps):

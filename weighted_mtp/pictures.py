@@ -181,7 +181,7 @@ def _plot_program(ax, p, name):
     bars.axhline(0, color='0.6', lw=.6)
     bars.set_ylabel(f'{name} of the token')
     ax.plot(np.arange(-1, len(at)), [p.initial, *values], drawstyle='steps-mid', color='#114', lw=1.6, zorder=3)
-    for i in p.marked: ax.axvspan(i - .5, i + .5, color='0.85', zorder=0)
+    for i in p.marked: ax.axvspan(i - .5, i + .5, color='0.5', alpha=.25, lw=0, zorder=0) # the bar below shows
     if (drop := biggest_drop(values, p.initial)) is not None:
         ax.plot(drop, values[drop], 'v', color='#c00', ms=9, zorder=4, label='V falls most')
         ax.legend(fontsize=8, loc='best')

@@ -1,5 +1,5 @@
 """The first-error critic for real: from pairs to a checkpoint whose credit is the same, on one process or two."""
-import copy, os, shutil, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, torch

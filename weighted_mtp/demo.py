@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import UserError, project_root, read_json, write_text
-from .launch import Run, side_by_side
+from .launch import side_by_side
 from .records import load_record, now, short_path
 from .scores import interval
 

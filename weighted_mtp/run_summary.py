@@ -9,7 +9,6 @@ __all__ = ['seconds_of', 'duration_text', 'headline', 'critic_numbers', 'base_ev
 # %% ../nbs/evaluation/23_run_summary.ipynb #a54b8f8c
 import html
 from datetime import datetime
-from pathlib import Path
 
 import pandas as pd
 

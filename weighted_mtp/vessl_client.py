@@ -43,13 +43,13 @@ def _import_sdk():
     return vessl, constant.API_HOST
 
 def _secure(api, host): # TLS is verified, every request has a time limit
-    from urllib3 import Retry
-    from vessl.openapi_client.rest import RESTClientObject
     host = urlsplit(host)
     loopback = host.hostname in ('127.0.0.1', '::1', 'localhost')
     if host.scheme != 'https' and not loopback:
         address = f'{host.scheme}://{host.hostname}'
         raise VesslError('refused', f"VESSL_API_HOST is {address}: a token is sent over https only.")
+    from urllib3 import Retry
+    from vessl.openapi_client.rest import RESTClientObject # an import that signs in, where a token is in the environment
     settings = api.api_client.configuration
     settings.verify_ssl, settings.retries = not loopback, Retry(2, backoff_factor=.3)
     rest = RESTClientObject(settings)

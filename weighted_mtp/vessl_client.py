@@ -49,7 +49,7 @@ def _secure(api, host): # TLS is verified, every request has a time limit
         address = f'{host.scheme}://{host.hostname}'
         raise VesslError('refused', f"VESSL_API_HOST is {address}: a token is sent over https only.")
     from urllib3 import Retry
-    from vessl.openapi_client.rest import RESTClientObject # an import that signs in, where a token is in the environment
+    from vessl.openapi_client.rest import RESTClientObject # this import signs in, where the environment has a token
     settings = api.api_client.configuration
     settings.verify_ssl, settings.retries = not loopback, Retry(2, backoff_factor=.3)
     rest = RESTClientObject(settings)

@@ -154,54 +154,6 @@ class CalibratedModel(BackboneModel):
     @property
     def initial_value(self): return self.bias.float().sigmoid() # 0-d float32: V before the first response token
 
-class CalibratedModel(BackboneModel):
-    "A critic whose scores become probabilities by a line that is fitted after training, `scale` times score + `bias`."
-    def attach_calibration(self):
-        "Hold scale and bias, 0-d float32: 1 and 0 until they are fitted."
-        for name, x in (('scale', 1.), ('bias', 0.)): self.register_buffer(name, torch.tensor(x, dtype=torch.float32))
-
-    @torch.no_grad()
-    def set_calibration(self, scale:float, bias:float):
-        "Set scale and bias, in float32 also where the model is not."
-        for name, x in (('scale', scale), ('bias', bias)):
-            setattr(self, name, getattr(self, name).float()) # the same tensor, unless the model was cast
-            getattr(self, name).fill_(x)
-
-    @property
-    def initial_value(self): return self.bias.float().sigmoid() # 0-d float32: V before the first response token
-
-class CalibratedModel(BackboneModel):
-    "A critic whose scores become probabilities by a line that is fitted after training, `scale` times score + `bias`."
-    def attach_calibration(self):
-        "Hold scale and bias, 0-d float32: 1 and 0 until they are fitted."
-        for name, x in (('scale', 1.), ('bias', 0.)): self.register_buffer(name, torch.tensor(x, dtype=torch.float32))
-
-    @torch.no_grad()
-    def set_calibration(self, scale:float, bias:float):
-        "Set scale and bias, in float32 also where the model is not."
-        for name, x in (('scale', scale), ('bias', bias)):
-            setattr(self, name, getattr(self, name).float()) # the same tensor, unless the model was cast
-            getattr(self, name).fill_(x)
-
-    @property
-    def initial_value(self): return self.bias.float().sigmoid() # 0-d float32: V before the first response token
-
-class CalibratedModel(BackboneModel):
-    "A critic whose scores become probabilities by a line that is fitted after training, `scale` times score + `bias`."
-    def attach_calibration(self):
-        "Hold scale and bias, 0-d float32: 1 and 0 until they are fitted."
-        for name, x in (('scale', 1.), ('bias', 0.)): self.register_buffer(name, torch.tensor(x, dtype=torch.float32))
-
-    @torch.no_grad()
-    def set_calibration(self, scale:float, bias:float):
-        "Set scale and bias, in float32 also where the model is not."
-        for name, x in (('scale', scale), ('bias', bias)):
-            setattr(self, name, getattr(self, name).float()) # the same tensor, unless the model was cast
-            getattr(self, name).fill_(x)
-
-    @property
-    def initial_value(self): return self.bias.float().sigmoid() # 0-d float32: V before the first response token
-
 # %% ../nbs/models/02_backbones.ipynb #5a1c0f04
 _FINAL_NORMS = ('norm', 'final_layernorm', 'final_layer_norm')
 

@@ -87,7 +87,8 @@ def test_evaluation_counts_findings(tmp_path, monkeypatch):
     assert [r['as_written'] for r in rows] == ['passed', 'error', 'error', 'error', *['failed']*4]
     assert [r['kinds'] for r in rows] == [[], ['fence'], ['examples'], ['fence'], *[[]]*4]
     assert searched == answers # each once
-    assert len(runs) == 5 # the text itself is run only where it is a program, and another one
+    # Each program once, whoever wrote it: two come from three answers. The text itself only where it is another program
+    assert len(runs) == 3
     assert found['found'] == {'as written': 5, 'fence': 2, 'examples': 1}
     assert found['pass@1'] == 3/8 and found['pass@1_as_written'] == 1/8 and scores._ks(found) == [1, 4]
     assert '5 as written, 2 fence, 1 examples; pass@1 of the answers as written 12.5 %' in scores.summary_text(found)

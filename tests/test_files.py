@@ -222,7 +222,8 @@ def test_training_on_compressed_files(tmp_path, tokenizer, monkeypatch):
     for split in ('train', 'validation'):
         (tmp_path/f'{split}.jsonl').write_bytes(data)
         (tmp_path/f'{split}.jsonl.gz').write_bytes(gzip.compress(BOM + data.replace(b'\n', b'\r\n\r\n')))
-    small = ['dataset.test=null', 'dataset.embedded=false', 'model.tokenizer=tokenizer', 'model.hidden_size=32',
+    small = ['dataset.test=null', 'dataset.embedded=false', 'model.tokenizer=tokenizer', 'model.backbone=micro',
+             'model.hidden_size=32',
              'model.n_layers=2', 'model.n_heads=2', 'training.max_steps=2', 'training.batch_size=4',
              'training.cpu_threads=1']
     def train(end):

@@ -8,19 +8,17 @@ __all__ = ['fit_logistic', 'brier', 'reliability', 'ece']
 # %% ../nbs/training/19_calibration.ipynb #7f8e7634
 import math
 
-import torch
+import numpy as np
 
 # %% ../nbs/training/19_calibration.ipynb #90c7c08a
-def _logistic(z, y): # (slope, intercept) of the maximum likelihood, targets y in [0, 1]; float64
-    X, w, eye = torch.stack([z, torch.ones_like(z)], 1), z.new_zeros(2), 1e-9*torch.eye(2, dtype=z.dtype)
-    def loss(w): return (torch.nn.functional.softplus(X @ w) - y*(X @ w)).sum()
-    for _ in range(100):
-        p = (X @ w).sigmoid()
-        step = torch.linalg.solve(X.T @ (X*(p*(1-p))[:, None]) + eye, X.T @ (y-p))
-        while loss(w + step) > loss(w) + 1e-12 and step.abs().max() > 1e-12: step = step/2
-        w = w + step
-        if step.abs().max() < 1e-9: break
-    return w.tolist()
+def _array(x): # a tensor on any device, or whatever numpy takes, as float64
+    return x.detach().double().cpu().numpy() if hasattr(x, 'detach') else np.asarray(x, float)
+
+def _logistic(z, y): # (slope, intercept) of the maximum likelihood, targets y in [0, 1]: a program counts as both
+    from sklearn.linear_model import LogisticRegression # takes a second to import
+    fit = LogisticRegression(C=np.inf, solver='newton-cholesky', tol=1e-10)
+    fit.fit(np.tile(z, 2)[:, None], np.repeat([1, 0], len(z)), sample_weight=np.append(y, 1 - y))
+    return fit.coef_.item(), fit.intercept_.item()
 
 def fit_logistic(
     score, # (N,) of programs, any float dtype
@@ -28,17 +26,17 @@ def fit_logistic(
     noise:float=0., # Standard deviation of scores that are equal but for rounding
 )->tuple: # (scale > 0, bias): floats, always finite
     "Logistic regression of correctness on the score (Platt 1999; Lin, Lin and Weng 2007, for separable scores)."
-    s, y = score.double().cpu(), correct.bool().cpu()
+    s, y = _array(score), _array(correct) > 0
     n_good, n_bad = int(y.sum()), int((~y).sum())
-    if not (n_good and n_bad and s.isfinite().all()): return 1., 0.
-    prior, mean, std = math.log(n_good/n_bad), s.mean(), s.std(correction=0)
-    if std <= max(noise, 1e-12*max(1., mean.abs().item())): return 1., prior - mean.item()
+    if not (n_good and n_bad and np.isfinite(s).all()): return 1., 0.
+    prior, mean, std = math.log(n_good/n_bad), float(s.mean()), float(s.std())
+    if std <= max(noise, 1e-12*max(1., abs(mean))): return 1., prior - mean
     separable = s[y].min() >= s[~y].max()
-    targets = torch.where(y, (n_good+1)/(n_good+2), 1/(n_bad+2)) if separable else y.double()
-    slope, intercept = _logistic((s - mean)/std, targets.double())
+    targets = np.where(y, (n_good+1)/(n_good+2), 1/(n_bad+2)) if separable else y.astype(float)
+    slope, intercept = _logistic((s - mean)/std, targets)
     if slope <= 1e-6: slope, intercept = 1e-6, prior
-    scale = slope/std.item()
-    return scale, intercept - scale*mean.item()
+    scale = slope/std
+    return scale, intercept - scale*mean
 
 # %% ../nbs/training/19_calibration.ipynb #0a642a7c
 def brier(
@@ -46,7 +44,7 @@ def brier(
     correct, # (N,) whether they are
 )->float:
     "Mean squared error of probabilities (Brier 1950)."
-    return (p.double() - correct.double()).square().mean().item()
+    return float(np.mean((_array(p) - _array(correct))**2))
 
 def reliability(
     p, # (N,) probabilities of being correct
@@ -54,10 +52,11 @@ def reliability(
     bins:int=10, # Of equal width
 )->list[dict]: # low, high, n, p (mean), correct (share); bins without programs are left out
     "The bins of a reliability diagram."
-    p, y = p.double(), correct.double()
-    at = (p*bins).long().clamp(0, bins-1)
-    return [dict(low=k/bins, high=(k+1)/bins, n=int(here.sum()), p=p[here].mean().item(), correct=y[here].mean().item())
-            for k in range(bins) if (here := at == k).any()]
+    p, y = _array(p), _array(correct)
+    at = (p*bins).astype(int).clip(0, bins-1)
+    def row(k, here): return dict(low=k/bins, high=(k+1)/bins, n=int(here.sum()), p=float(p[here].mean()),
+                                  correct=float(y[here].mean()))
+    return [row(k, at == k) for k in range(bins) if (at == k).any()]
 
 def ece(
     p, # (N,) probabilities of being correct

@@ -257,7 +257,9 @@ def load_critic(
     tokenizer=None, # What its tokens have to be (None: not checked)
 ): # A frozen model with `.credit(input_ids, attention_mask, mask) -> (r, V)`, both (B, T) float32
     "The critic of a checkpoint. Raises `UserError` for one that cannot be used."
-    if not path: raise UserError("verifiable needs a critic: set experiment.critic_checkpoint.")
+    if not path:
+        raise UserError("verifiable needs a critic: set experiment.critic_checkpoint, or a training.weighting that "
+                        "needs none: uniform, oracle, focal or dft.")
     model = load_critic_model(path)
     if tokenizer is not None: check_vocabulary(path, tokenizer)
     own = {name: x.clone() for name, x in model.named_buffers(recurse=False)} # scale, bias: they stay float32

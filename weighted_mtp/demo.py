@@ -16,7 +16,7 @@ import numpy as np
 from .files import UserError, project_root, read_json, write_text
 from .launch import side_by_side
 from .records import load_record, now, short_path
-from .scores import interval
+from .scores import paired_interval
 
 # %% ../nbs/launching/17_demo.ipynb #4bb5d150
 BASE = 'micro-base' # what both policies and the critic start from
@@ -168,9 +168,10 @@ def paired_difference(
     a:dict, b:dict, # Problem -> share of its answers that pass
 )->dict|None: # points and their 95 % interval; None where they share no problem
     "How much more of the same problems `a` solves than `b`."
-    gains = [a[k] - b[k] for k in a if k in b]
-    if not gains: return None
-    return dict(points=100*float(np.mean(gains)), interval=[100*x for x in interval(gains)])
+    both = [k for k in a if k in b]
+    if not both: return None
+    points, *bounds = (100*x for x in paired_interval(*([[found[k] for k in both]] for found in (a, b))))
+    return dict(points=points, interval=bounds)
 
 def demo_results(
     folders:dict, # Stage (critic, evaluation-base, …) -> folder of its record
@@ -283,7 +284,7 @@ def show_demo(console): # exit status
     return 0
 
 # %% ../nbs/launching/17_demo.ipynb #5f0de256
-_ABOUT = 'Critic, weighted and unweighted policy, and what they can do: about five minutes on two cores.'
+_ABOUT = 'Critic, weighted and unweighted policy, and what they can do: about six minutes on two cores.'
 
 def _parser():
     p = argparse.ArgumentParser(prog='python -m weighted_mtp.demo', description=_ABOUT)

@@ -70,12 +70,12 @@ def card(
     rows = [f'| {family} | {s} of {n} | {100*s/n:.0f} % |' for family, (s, n) in by_family.items()]
     return '\n'.join([
         '# micro-base', '',
-        'A multi-token prediction policy (Llama architecture, 3 layers × 128, 4 heads, 1.3 million parameters) that '
+        'A multi-token prediction policy (Llama architecture, 3 layers × 128, 4 heads, 1.3 million parameters) that',
         'writes small Python programs, often wrong ones. It is where the `*_micro` configs of weighted-mtp start.', '',
-        f"* **Trained on** right and wrong programs for {recipe['n_problems']} generated problems of the half `base` "
-        '(`weighted_mtp.problems.half_of`). The embedded default is made of the other half: no problem is in both.',
-        f'* **Made by** `{command}`, which repeats it on the same machine and versions. Weights in float16, '
-        f'sha256 `{sha256[:16]}…`.',
+        f"* **Trained on** right and wrong programs for {recipe['n_problems']} generated problems of the half `base`",
+        '  (`weighted_mtp.problems.half_of`). The embedded default is made of the other half: no problem is in both.',
+        f'* **Made by** `{command}`, which repeats it on the same',
+        f'  machine and versions. Weights in float16, sha256 `{sha256[:16]}…`.',
         f'* **pass@1** (greedy) on {of} unseen problems of the other half: **{100*solved/of:.1f} %** '
         f'[{100*low:.1f}, {100*high:.1f}].',
         '* **Licence**: Apache-2.0, as the package; data and weights are made by its own generator.', '',

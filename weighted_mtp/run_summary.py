@@ -7,7 +7,7 @@ __all__ = ['seconds_of', 'duration_text', 'headline', 'critic_numbers', 'base_ev
            'key_numbers', 'summary_html']
 
 # %% ../nbs/evaluation/23_run_summary.ipynb #a54b8f8c
-import html
+import html, math
 from datetime import datetime
 
 import pandas as pd
@@ -138,7 +138,7 @@ def policy_numbers(
 )->list[dict]: # number, value, beside: texts
     "Loss of the next token, and pass@k where there is an evaluation."
     loss = _first(run.result['metrics'], 'next_token_loss')
-    perplexity = '' if loss is None else f'perplexity {2.718281828**min(loss, 50):.2f}'
+    perplexity = '' if loss is None else f'perplexity {math.exp(min(loss, 50)):.2f}'
     return _row('next-token loss', loss, perplexity) + pass_rows(run)
 
 def key_numbers(

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['td_errors', 'gae_advantages', 'lambda_returns', 'lambda_schedule', 'batch_moments', 'advantage_weights',
-           'RunningMoments', 'posterior', 'mean_weight', 'normalized', 'credit_weights', 'critical_weights',
-           'content_seeds', 'shuffle_within_response', 'by_source', 'focal_weights', 'dft_weights', 'selected_count',
-           'select_tokens']
+           'RunningMoments', 'posterior', 'mean_weight', 'normalized', 'credit_weights', 'content_seeds',
+           'shuffle_within_response', 'by_source', 'focal_weights', 'dft_weights', 'selected_count', 'select_tokens']
 
 # %% ../nbs/training/01_weighting.ipynb #169ac3ef
 import math
@@ -226,14 +225,6 @@ def credit_weights(
     credit = torch.where(mask, r.detach().float(), 0.).clamp(min=0)
     w = torch.where(mask, (floor + gain*credit).clamp(min_weight, max_weight), 0.)
     return normalized(w, mask) if normalize else w
-
-def critical_weights(
-    critical, # (B, T) bool: tokens known to decide whether the program is correct
-    mask, # (B, T) response tokens
-    **how, # floor, gain, min_weight, max_weight, normalize: as for `credit_weights`
-): # (B, T) float32, 0 where masked
-    "Weights of an oracle, clip(floor + gain on critical tokens): as if the critic gave them a credit of 1."
-    return credit_weights(critical.float(), mask, **how)
 
 # %% ../nbs/training/01_weighting.ipynb #cc4c970f
 def _mixed(x): # int64 of any shape: every bit depends on every bit before (splitmix64's finalizer; wraps around)

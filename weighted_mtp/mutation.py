@@ -6,7 +6,7 @@
 __all__ = ['OTHER', 'mutate', 'changed_span', 'critical_spans']
 
 # %% ../nbs/data/09_mutation.ipynb #a3a83c89
-import ast, random
+import ast, random, re
 
 from .families import LETTERS
 
@@ -79,10 +79,12 @@ def changed_span(
     old:str, # The correct program
     new:str, # The mutant
 )->list[int]: # [start, end) characters of `new` that differ; empty spans where something was left out
-    "Where a mutant differs, by common prefix and suffix."
+    "Where a mutant differs, by common prefix and suffix. `<` made of `<=` is marked itself, not the gap after it."
     a = next((i for i, (x, y) in enumerate(zip(old, new)) if x != y), min(len(old), len(new)))
     b = next((i for i, (x, y) in enumerate(zip(old[a:][::-1], new[a:][::-1])) if x != y), min(len(old), len(new)) - a)
-    return [a, len(new) - b]
+    end = len(new) - b
+    if a == end and re.fullmatch(r'\w\w|[<>=!*/+-]{2}', old[a-1:a+1]): a -= 1 # the end of a word or operator was left out
+    return [a, end]
 
 # %% ../nbs/data/09_mutation.ipynb #c17d0002
 def _mutants_by_site(code, rng, tries): # of each site up to `tries` mutants

@@ -18,7 +18,7 @@ from .sandbox import run_program
 
 # %% ../nbs/evaluation/21_solving.ipynb #22b00006
 # Of `problems`: the process cannot import the package
-_PARTS = ('TooLong', '_sized', '_Counted', 'load_program', 'outcomes')
+_PARTS = ('TooLong', '_sized', '_writable', '_Counted', 'load_program', 'outcomes')
 _MAIN = """
 for line in sys.stdin:
     code, inputs, expected = json.loads(line)

@@ -180,7 +180,7 @@ def make_dataset(
     """Make `train`, `validation`, `test` (`.jsonl` and `.problems.jsonl`) and a tokenizer. The splits share no problem,
     with each other or with what `micro-base` was trained on."""
     folder = Path(folder)
-    asked = dict(format=4, generator=_fingerprint(seed), n_problems=n_problems, n_held_out=n_held_out, seed=seed,
+    asked = dict(format=5, generator=_fingerprint(seed), n_problems=n_problems, n_held_out=n_held_out, seed=seed,
                  per_problem=per_problem, vocab_size=vocab_size, critical=critical)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent): return _make_dataset(folder, asked) # of several ranks, or runs, one makes it

@@ -83,7 +83,7 @@ def changed_span(
     a = next((i for i, (x, y) in enumerate(zip(old, new)) if x != y), min(len(old), len(new)))
     b = next((i for i, (x, y) in enumerate(zip(old[a:][::-1], new[a:][::-1])) if x != y), min(len(old), len(new)) - a)
     end = len(new) - b
-    if a == end and re.fullmatch(r'\w\w|[<>=!*/+-]{2}', old[a-1:a+1]): a -= 1 # the end of a word or operator was left out
+    if a == end and re.fullmatch(r'\w\w|[<>=!*/+-]{2}', old[a-1:a+1]): a -= 1 # a word or operator lost its end
     return [a, end]
 
 # %% ../nbs/data/09_mutation.ipynb #c17d0002

@@ -7,12 +7,14 @@ __all__ = ['solved', 'answers']
 
 # %% ../nbs/evaluation/21_solving.ipynb #22b00003
 import inspect, json
+from functools import lru_cache
 
 from fastcore.basics import chunked
 from tqdm.auto import tqdm
 
 from . import problems as problem_code
 from .data import format_prompt
+from .files import UserError
 from .generation import generate
 from .sandbox import run_program
 
@@ -34,9 +36,17 @@ def _runner(): # the program that runs programs: verdicts go where no program ca
     parts = (inspect.getsource(getattr(problem_code, name)) for name in _PARTS)
     return '\n'.join([head, *parts, _MAIN, 'print(results.getvalue())'])
 
+_RUNNER = _runner() # read now: a file that is edited later would give pieces of other lines
+
+@lru_cache
+def _check(runner): # lest a process that cannot run anything passes for programs that are all wrong
+    done = run_program(runner, json.dumps(['def f(n):\n    return n', '[(1,)]', ['1']]), timeout=20)
+    if done.stdout.strip() != '1':
+        raise UserError(f'The sandboxed process that runs synthetic programs does not work: {done.message or done.status}')
+
 def _solved_batch(pairs): # (program, problem) pairs, distinct programs
     jobs = [json.dumps([code, repr(list(p.inputs)), p.expected]) for code, p in pairs]
-    done = run_program(_runner(), '\n'.join(jobs), timeout=20)
+    done = run_program(_RUNNER, '\n'.join(jobs), timeout=20)
     if done.passed: return [x == '1' for x in done.stdout.strip()]
     if len(pairs) == 1: return [False] # it brought the process down
     half = len(pairs)//2
@@ -48,7 +58,9 @@ def solved(
     known=None, # Dict of verdicts, used and added to: the same program for the same problem runs once
     progress:bool=False,
 )->list[bool]: # In order
-    "Which programs give the expected result on every input of their problem."
+    """Which programs give the expected result on every input of their problem. Raises `UserError` where the sandbox
+    runs nothing."""
+    _check(_RUNNER)
     known = {} if known is None else known
     keys = [(p.problem_id, code) for code, p in zip(programs, problems, strict=True)]
     new = {k: (k[1], p) for k, p in zip(keys, problems) if k not in known}

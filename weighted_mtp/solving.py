@@ -42,7 +42,8 @@ _RUNNER = _runner() # read now: a file that is edited later would give pieces of
 def _check(runner): # lest a process that cannot run anything passes for programs that are all wrong
     done = run_program(runner, json.dumps(['def f(n):\n    return n', '[(1,)]', ['1']]), timeout=20)
     if done.stdout.strip() != '1':
-        raise UserError(f'The sandboxed process that runs synthetic programs does not work: {done.message or done.status}')
+        why = done.message or done.status
+        raise UserError(f'The sandboxed process that runs synthetic programs does not work: {why}')
 
 def _solved_batch(pairs): # (program, problem) pairs, distinct programs
     jobs = [json.dumps([code, repr(list(p.inputs)), p.expected]) for code, p in pairs]

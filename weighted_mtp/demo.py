@@ -20,7 +20,7 @@ from .scores import paired_interval
 
 # %% ../nbs/launching/17_demo.ipynb #4bb5d150
 BASE = 'micro-base' # what both policies and the critic start from
-CRITIC_STEPS, POLICY_STEPS, PROBLEMS = 1000, 300, 400
+CRITIC_STEPS, POLICY_STEPS, PROBLEMS = 750, 300, 400
 
 def _request(name, pipeline, *overrides):
     own = f'experiment.name=demo-{name}', 'training.cpu_threads=1'
@@ -44,7 +44,7 @@ def demo_stages(
 
 # %% ../nbs/launching/17_demo.ipynb #0562b542
 SECONDS = dict( # start, work, end
-    critic=(12, 160, 14), verifiable=(12, 105, 14), baseline=(12, 94, 14), evaluation=(12, 12, 10))
+    critic=(12, 120, 14), verifiable=(12, 105, 14), baseline=(12, 94, 14), evaluation=(12, 12, 10))
 
 @dataclass
 class Clock:

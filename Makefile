@@ -13,7 +13,7 @@ install: .venv/.installed ## Set up .venv (pip, with constraints.txt)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/.installed ## The story in six minutes: critic, weighted and unweighted policy, what each can do
+demo: .venv/.installed ## The story in six to ten minutes: critic, weighted and unweighted policy, what each can do
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m weighted_mtp.demo
 
 lab: .venv/.installed ## Open JupyterLab on the launch form

@@ -284,7 +284,7 @@ def show_demo(console): # exit status
     return 0
 
 # %% ../nbs/launching/17_demo.ipynb #5f0de256
-_ABOUT = 'Critic, weighted and unweighted policy, and what they can do: about six minutes on two cores.'
+_ABOUT = 'Critic, weighted and unweighted policy, and what they can do: six to ten minutes on two cores.'
 
 def _parser():
     p = argparse.ArgumentParser(prog='python -m weighted_mtp.demo', description=_ABOUT)

@@ -133,7 +133,9 @@ class BackboneModel(PreTrainedModel):
         "Read batches without their padding from now on. Raises `UserError` for a family that cannot."
         self.attention = packed_attention(dtype)
         self.packing = packed_rows(self.attention, max_length)
-        try: self.set_attn_implementation(self.attention)
+        try:
+            for m in self.children():
+                if isinstance(m, PreTrainedModel): m.set_attn_implementation(self.attention)
         except (ValueError, ImportError):
             raise UserError(f"{type(self.backbone).__name__} cannot read packed solutions: transformers has no "
                             f"{self.attention} attention for it. Set training.packing=false.") from None

@@ -149,6 +149,8 @@ def make_trainer(
     model.config.use_cache = False
     keep_trained_in_float32(model)
     if t.packing: pack_models(objective, config)
+    if t.compile: # block by block: equal ones share what was compiled
+        for block in model.blocks: block.compile()
     sharded = world > 1 and config.distributed.fsdp.sharding_strategy == 'FULL_SHARD'
     if sharded: shard(model, torch.bfloat16 if bf16 else None)
     if bf16: autocast_forward(model)

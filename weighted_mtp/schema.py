@@ -125,6 +125,7 @@ class Training:
     max_grad_norm: float = setting(1.0, '(0, 1e9]') # Gradients are clipped to this norm
     # Read the solutions of a micro-batch in rows of dataset.max_length without padding; none sees another
     packing: bool = False
+    compile: bool = False # torch.compile for each block; the first steps take minutes
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time
     seed: int = setting(42, '[0, 4294967295]') # Initial weights, shuffling, dropout
     # torch threads on a CPU (null: torch's choice); with a fixed number, runs repeat bit for bit

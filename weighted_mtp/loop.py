@@ -245,16 +245,24 @@ def note_best(trainer)->bool:
     return better
 
 # %% ../nbs/training/06_loop.ipynb #2a014aa5
+def _bad_data(trainer, batches, losses): # which step, on which ranks, which problems
+    bad = [b for b, loss in zip(batches, losses) if not loss.isfinite()] # none: a finite loss, an infinite gradient
+    problems = [p for b in bad or batches for p in b.get('problem_id', ())]
+    found = gather_object([(trainer.accelerator.process_index, bool(bad), problems)])
+    found = [x for x in found if x[1]] or found # all of them where no rank's own loss was bad
+    ranks = f" on rank {', '.join(str(rank) for rank, *_ in found)}" if trainer.accelerator.num_processes > 1 else ''
+    problems = dict.fromkeys(p for *_, problems in found for p in problems)
+    return f"step {trainer.step+1}{ranks}, problems {', '.join(problems) or 'unknown'}"
+
 def skip_step(
     trainer,
     batches, # Micro-batches of the step, on this rank
+    losses, # Of each of them
 ):
     "Drop the gradients of a step; `UserError` at the limit of such steps in a row. Collective: call on all ranks."
     trainer.bad_steps += 1
     for p in trainer.model.parameters(): p.grad = None # AdamW passes over parameters without a gradient
-    step, limit = trainer.step+1, trainer.config.training.max_bad_steps
-    problems = dict.fromkeys(gather_object([p for b in batches for p in b.get('problem_id', ())]))
-    where = f"step {step}, problems {', '.join(problems) or 'unknown'}"
+    where, limit = _bad_data(trainer, batches, losses), trainer.config.training.max_bad_steps
     times = f"{limit} step{'s' if limit > 1 else ''}"
     if trainer.bad_steps >= limit:
         raise UserError(f"The loss became nan or infinite in {times} running; the last was {where}. "
@@ -316,19 +324,21 @@ def train(
             totals = accelerator.reduce(sum(objective.counts(b) for b in batches).to(accelerator.device), 'sum')
 
             model.train()
+            losses = []
             for i, batch in enumerate(batches, 1):
                 with gradient_sync(accelerator, model, now=i == len(batches)):
                     loss, shares = objective.loss(model, batch, totals)
                     loss = loss * accelerator.num_processes # DDP and FSDP average over ranks: that makes it a sum
                     loss.backward()
-                trainer.window.loss += loss.detach()
+                losses.append(loss.detach())
+                trainer.window.loss += losses[-1]
                 trainer.window.add('shares', shares)
                 trainer.count_flops(batch)
 
             if trainer.step == first: check_gradients(trainer.model, getattr(objective, 'untrained', frozenset()))
             norm = full_tensor(clip_grad_norm_(model.parameters(), t.max_grad_norm))
             if norm.isfinite(): trainer.bad_steps = 0
-            else: skip_step(trainer, batches)
+            else: skip_step(trainer, batches, losses)
             trainer.optimizer.step()
             lr = trainer.scheduler.get_last_lr()[0]
             trainer.scheduler.step()

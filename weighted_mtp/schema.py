@@ -193,6 +193,8 @@ class Fsdp:
 class Distributed:
     "Several GPUs."
     fsdp: Fsdp = field(default_factory=Fsdp)
+    # Minutes that a rank waits for the others before the run is given up; a rank that died is noticed in seconds
+    timeout: float = setting(30., '[0.05, 10000]')
 
 @dataclass
 class Mlflow:

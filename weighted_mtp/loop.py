@@ -24,6 +24,7 @@ from .config import steps_per_epoch, total_steps
 from .files import UserError
 from .optim import check_gradients, make_optimizer, make_scheduler
 from .sharding import full_tensor, gradient_sync, shard
+from .state_folder import Saver
 
 # %% ../nbs/training/06_loop.ipynb #976ce72c
 def items_per_epoch(data)->int:
@@ -92,6 +93,7 @@ class Trainer:
     loss_sum: float = 0. # Of all logs of this process
     flops: float = 0. # Of forward and backward on this rank, estimated
     flops_per_token: int = 0
+    saver: Saver = None # Of checkpoints to resume from, where `run` is
     random: dict = None # States of the random generators to resume with
     bar: object = None # While the loop runs
     logs: list = field(default_factory=list)
@@ -144,7 +146,8 @@ def make_trainer(
     weights = model.num_parameters(exclude_embeddings=True) if hasattr(model, 'num_parameters') else 0
     return Trainer(objective, config, accelerator, model, wrapped, optimizer, scheduler, order,
                    accelerator.prepare(batches), Window(torch.tensor(0., device=accelerator.device)),
-                   steps_per_epoch(n, t, world), total, run, flops_per_token=6*weights)
+                   steps_per_epoch(n, t, world), total, run, flops_per_token=6*weights,
+                   saver=None if run is None else Saver())
 
 # %% ../nbs/training/06_loop.ipynb #06000008
 def optimizer_steps(trainer):
@@ -312,4 +315,5 @@ def train(
             if due or saves and stopped: save_epoch_checkpoint(trainer)
             if stopped: break
         if trainer.step > first: _log_summary(trainer, trainer.step - first, time.monotonic() - began)
+        if saves: trainer.saver.wait()
     return stopped

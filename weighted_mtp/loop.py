@@ -23,7 +23,7 @@ from .checkpoints import save_epoch_checkpoint, set_random_states
 from .config import steps_per_epoch, total_steps
 from .files import UserError
 from .optim import check_gradients, make_optimizer, make_scheduler
-from .sharding import full_tensor, gradient_sync, shard
+from .sharding import full_tensor, gradient_sync, is_sharded, shard
 from .state_folder import Saver
 
 # %% ../nbs/training/06_loop.ipynb #976ce72c
@@ -132,10 +132,10 @@ def make_trainer(
     set_seed(t.seed)
     accelerator = Accelerator(cpu=not cuda, mixed_precision='bf16' if bf16 else 'no')
     world, n = accelerator.num_processes, items_per_epoch(data)
-    model = objective.model.to(accelerator.device)
+    model, sharded = objective.model, is_sharded(config)
     model.config.use_cache = False
-    sharded = world > 1 and config.distributed.fsdp.sharding_strategy == 'FULL_SHARD'
     if sharded: shard(model, torch.bfloat16 if bf16 else None)
+    else: model.to(accelerator.device)
     if t.gradient_checkpointing: model.activation_checkpointing_enable()
     wrapped = accelerator.prepare_model(model, device_placement=False, evaluation_mode=sharded) # autocast, else DDP
     optimizer, total = make_optimizer(model, t), total_steps(n, t, world)

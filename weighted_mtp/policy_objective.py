@@ -21,6 +21,7 @@ from .files import UserError
 from .losses import mtp_counts
 from .models import build_policy, read_checkpoint
 from .sampling import load_solutions
+from .sharding import shard
 from .weighting import by_source
 
 # %% ../nbs/training/10_policy_objective.ipynb #df8dde0a
@@ -155,11 +156,15 @@ def check_vocabulary(
 
 def freeze(
     model, # Any `nn.Module`
+    sharded=False, # Spread over all ranks; it may have no weights yet. Collective: call on all ranks, and the model, too
 ): # The same, without gradients, in evaluation mode, on the device that trains: bfloat16 on a GPU, else float32
     "A model that is only asked."
-    cuda = torch.cuda.is_available()
+    device, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)
     model = model.requires_grad_(False).eval()
-    return model.to('cuda', torch.bfloat16) if cuda else model.to('cpu', torch.float32)
+    for p in model.parameters(): # buffers stay as they are: rotary frequencies in bfloat16 are wrong ones
+        p.data = p.data.to('meta' if p.is_meta else device, dtype)
+    if sharded: shard(model)
+    return model if sharded else model.to(device)
 
 # %% ../nbs/training/10_policy_objective.ipynb #b1600507
 def batch_of_one(

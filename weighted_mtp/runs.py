@@ -24,7 +24,7 @@ from .data import vocabulary_id
 from .files import UserError, flatten, model_folder, project_root, read_json, write_text
 from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
-from .sharding import full_state_dict, load_full_state_dict
+from .sharding import full_state_dict, is_sharded, load_full_state_dict
 from .tracking import Tracker
 from .uploading import Uploader
 
@@ -223,7 +223,8 @@ def load_parts(
         from weighted_mtp.synthetic import make_micro_model
         return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers,
                                            n_heads=m.n_heads, max_length=d.max_length, seed=config.training.seed)
-    backbone = load_backbone(m.backbone, getattr(torch, m.dtype) if torch.cuda.is_available() else torch.float32)
+    dtype = getattr(torch, m.dtype) if torch.cuda.is_available() else torch.float32
+    backbone = load_backbone(m.backbone, dtype, parts=is_sharded(config))
     _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
     return tokenizer, backbone
 

@@ -25,6 +25,7 @@ from .model_sizes import KNOWN, make_shape
 from .models import MTPForCausalLM
 from .mtp_model import MTPConfig
 from .policies import OBJECTIVES
+from .runs import prepare
 
 # %% ../nbs/training/23_random_models.ipynb #b83082d7
 @dataclass
@@ -168,5 +169,6 @@ def true_objective(
         *given, *data_overrides(setting, f'{name}-data', lengths), f'training.max_steps={steps}',
         f'model.backbone={weightless_folder(shape, setting.file(name))}',
         f"checkpoint.save_dir={setting.file(f'{name}-run')}"])
+    prepare(config) # adapters are drawn
     make = CriticObjective if config.pipeline == 'critic' else OBJECTIVES[config.pipeline]
     return config, make(config, tokenizer_of_all(), random_model(shape, getattr(torch, config.model.dtype)))

@@ -18,9 +18,9 @@ from .config import load_config
 from .critic import CriticObjective
 from .files import UserError, project_root
 from .loop import evaluate, make_trainer, train
-from .measuring import goal
+from .measuring import Setting, goal
 from .policies import OBJECTIVES
-from .random_models import Setting, data_overrides, true_objective
+from .random_models import data_overrides, true_objective
 from .runs import load_parts, prepare
 from .schema import config_keys
 from .sharding import full_state_dict
@@ -204,6 +204,6 @@ def resume(setting:Setting)->dict:
     noise, off = apart(again, whole), apart(here, whole)
     losses = max(relative(here['losses'][i], whole['losses'][i]) for i in range(HALF+1, LAST+1))
     figures = dict(resumed_from=path.name, weights_apart=off, losses_apart=losses, two_runs_apart=noise)
-    goals = [goal('weights after resuming, apart from a run in one go', off, 'at most', 2*noise),
+    goals = [goal('weights after resuming, apart from a run in one go', off, 'at most', 3*noise),
              goal('losses after resuming, apart', losses, 'at most', 1e-6 if noise == 0 else 1e-2)]
     return dict(figures=figures | dict(bit_equal=off == 0), goals=goals)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'KINDS', 'peak_flops', 'machine', 'device', 'synchronize', 'seconds_of', 'free_memory', 'memory_peak',
-           'kind_of', 'profile', 'goal', 'status_of', 'one_line', 'run_apart']
+           'kind_of', 'profile', 'goal', 'status_of', 'Setting', 'one_line', 'run_apart']
 
 # %% ../nbs/training/22_measuring.ipynb #9252ce07
 import gc, os, platform, resource, statistics, subprocess, time, traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,20 @@ def status_of(goals)->str: # passed | failed | measured (nothing was judged)
     return 'measured' if not judged else 'passed' if all(judged) else 'failed'
 
 # %% ../nbs/training/22_measuring.ipynb #12301466
+@dataclass
+class Setting:
+    "Where and how a part of the check works: plain data, as it goes to another process."
+    folder: str # For data, checkpoints and what one part leaves for another
+    dry: bool = False # Small models, on a CPU: every path is walked, no speed is judged
+    until: float = float('inf') # `time.time()` by which it has to end
+
+    @property
+    def left(self)->float: return self.until - time.time() # Seconds
+    def file(self, name)->Path: return Path(self.folder)/name
+    def size(self, real, dry): # Whatever a number is in either case
+        return dry if self.dry else real
+
+# %% ../nbs/training/22_measuring.ipynb #17a9c2ea
 def one_line(
     e, # An exception
 )->str:

@@ -229,6 +229,7 @@ def main(
         if a.dry: os.environ['CUDA_VISIBLE_DEVICES'] = ''
         elif not torch.cuda.is_available():
             raise UserError("torch sees no GPU here. On a CPU: make gpu-check DRY=1, or --dry.")
+        os.environ.setdefault('HF_HUB_OFFLINE', '1') # nothing is to be fetched
         out = Path(a.out or project_root()/'storage/gpu-check')
         report = run_parts(parts, out, a.dry, 60*a.minutes)
     except UserError as e:

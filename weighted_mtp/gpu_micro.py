@@ -88,7 +88,10 @@ def micro_run(
     torch.set_float32_matmul_precision('highest') # no TensorFloat-32
     prepare(config)
     make = CriticObjective if config.pipeline == 'critic' else OBJECTIVES[config.pipeline]
-    trainer = make_trainer(make(config, *load_parts(config)), config)
+    objective = make(config, *load_parts(config))
+    for other in ('critic', 'reference'): # on a GPU bfloat16, which would hide what is compared here
+        if (model := getattr(objective, other, None)) is not None: model.float()
+    trainer = make_trainer(objective, config)
     found = keep_first_step(trainer)
     train(trainer, progress=False)
     metrics = evaluate(trainer)
@@ -159,6 +162,7 @@ LAST, HALF = 6, 3
 
 def _trainer(setting, run): # at step 0; the same each time
     config, objective = true_objective(setting, 'baseline/baseline.yaml', 'resume', LAST, 'training.log_every=1',
+                                       'checkpoint.save_checkpoint_every=100', # only at the end
                                        f"training.batch_size={setting.size(4, 2)}")
     objective.splits['validation'] = Subset(objective.splits['validation'], range(2))
     trainer = make_trainer(objective, config, dict(run=run, checkpoint=None))

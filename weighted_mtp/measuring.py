@@ -160,6 +160,7 @@ def _work(pipe, log, function, args): # in the process of the part
     except BaseException as e: # also SystemExit: whatever it was, the others go on
         traceback.print_exc()
         pipe.send((None, one_line(e)))
+    print(f'{time.process_time():.1f} s of CPU time', flush=True)
 
 def _stop(process): # within seconds, whatever it does
     process.join(10)

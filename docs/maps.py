@@ -12,9 +12,9 @@ LAUNCH = [
 TRAINING = [
     ('config', 'YAML and overrides', ['config', 'schema']),
     ('data', 'solutions, pairs', ['data', 'corpus', 'sampling', 'synthetic', 'storage']),
-    ('model', 'backbone and heads', ['backbones', 'mtp_model', 'ratio_model', 'adapters', 'generation']),
+    ('model', 'backbone and heads', ['backbones', 'mtp_model', 'ratio_model', 'packing', 'generation']),
     ('objective', 'token weights, loss', ['weighting', 'critic', 'calibration', 'verifiable', 'rho1']),
-    ('loop', 'step, validate, save', ['loop', 'optim', 'sharding', 'checkpoints', 'runs']),
+    ('loop', 'step, validate, save', ['loop', 'precision', 'sharding', 'checkpoints', 'runs']),
     ('evaluation', 'pass@k in a sandbox', ['evaluation', 'model_evaluation', 'benchmarks', 'answers', 'sandbox']),
     ('report', 'curves, programs', ['report', 'pictures', 'curves', 'report_tables'])]
 MAPS = dict(launch=('LAUNCH: never imports torch', LAUNCH, '#3949ab'),

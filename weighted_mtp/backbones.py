@@ -18,6 +18,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .adapters import add_lora, low_rank_terms
 from .files import UserError
+from .packing import make_packing, packed_attention, packed_inputs, packed_rows
 
 # %% ../nbs/models/02_backbones.ipynb #5a1c0f02
 def _multiplies(field): return lambda c: getattr(c, field)
@@ -82,6 +83,8 @@ class BackboneModel(PreTrainedModel):
     "A model on a backbone: everything that concerns the backbone alone."
     base_model_prefix = 'backbone'
     supports_gradient_checkpointing = True
+    positions_read = tokens_read = 0 # Since they were set to 0: what is no token is padding
+    attention = packing = None # After `use_packing`: the attention's name, keywords of `make_packing`
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
     def attach_backbone(self, backbone=None):
@@ -122,6 +125,37 @@ class BackboneModel(PreTrainedModel):
     @property
     def blocks(self)->list: # what is sharded, and recomputed, one at a time
         return [*self.backbone.get_decoder().layers, *getattr(self, 'extra_heads', ())]
+
+    def use_packing(self,
+        max_length:int, # Of a row, in tokens
+        dtype=torch.float32, # What products are computed in
+    ):
+        "Read batches without their padding from now on. Raises `UserError` for a family that cannot."
+        self.attention = packed_attention(dtype)
+        self.packing = packed_rows(self.attention, max_length)
+        try:
+            for m in self.children():
+                if isinstance(m, PreTrainedModel): m.set_attn_implementation(self.attention)
+        except (ValueError, ImportError):
+            raise UserError(f"{type(self.backbone).__name__} cannot read packed solutions: transformers has no "
+                            f"{self.attention} attention for it. Set training.packing=false.") from None
+
+    def decoder_inputs(self, input_ids, attention_mask): # (B, T) -> (keywords of a decoder, a `Packing` or None)
+        "A batch as it is, or packed."
+        inputs, packing = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False), None
+        if self.packing is not None and attention_mask is not None:
+            packing = make_packing(attention_mask, **self.packing)
+            inputs = packed_inputs(packing, input_ids, self.attention)
+        self.positions_read += inputs['input_ids'].numel()
+        if attention_mask is not None: self.tokens_read = self.tokens_read + attention_mask.sum()
+        return inputs, packing
+
+    def read(self, input_ids, attention_mask, backbone=None): # (B, T), a causal language model (default: its own)
+        "The decoder's last hidden states (B, T, D); their padding is 0 where they were packed."
+        inputs, packing = self.decoder_inputs(input_ids, attention_mask)
+        backbone = self.backbone if backbone is None else backbone
+        hidden = backbone.get_decoder()(**inputs).last_hidden_state
+        return hidden if packing is None else packing.unpack(hidden)
 
     def compute_logits(self, hidden, head=None): # (..., D) last hidden states, head: the backbone's -> (..., V)
         "Logits as the backbone computes them: see `logit_terms`."

@@ -267,10 +267,7 @@ def load_critic(
                         "needs none: uniform, oracle, focal or dft.")
     model = load_critic_model(path)
     if tokenizer is not None: check_vocabulary(path, tokenizer)
-    own = {name: x.clone() for name, x in model.named_buffers(recurse=False)} # scale, bias: they stay float32
-    model = freeze(model)
-    for name, x in own.items(): setattr(model, name, x.to(model.device))
-    return model
+    return freeze(model)
 
 # %% ../nbs/training/09_critic.ipynb #cfea0f46
 def run_critic(

@@ -34,7 +34,7 @@ def memory_sizes(
     """What memory depends on. `c` config, `a` architecture (its sizes D, q, kv, ffn: `model_sizes`), `p` parameters;
     `tokens` of a micro-batch, once for each model that reads them; bytes of a number `stored` and of one in a product,
     `width`; `shards`, `copies`; `keeps_logits`: a loss or an evaluation that needs the logits of all tokens."""
-    is_half = gpu and c.model.dtype == 'bfloat16'
+    is_half = gpu and c.model.dtype != 'float32'
     shards = ngpus if c.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
     is_critic = c.pipeline == 'critic'
     tokens = c.training.batch_size*c.dataset.max_length*_passes(c)*(2 if is_critic else 1) # of a pair

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .adapters import add_lora
 from .backbones import BackboneConfig, CalibratedModel
 from .files import UserError
-from .value_model import token_surprise
+from .value_model import in_float32, token_surprise
 from .weighting import posterior
 
 # %% ../nbs/models/14_first_error_model.ipynb #55f9e53e
@@ -66,6 +66,7 @@ class RiskHead(nn.Module):
                                     nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 1))
         nn.init.constant_(self.layers[-1].bias, math.log(start/(1 - start)))
 
+    @in_float32
     def forward(self, hidden, features):
         return self.layers(torch.cat([self.norm(hidden.float()), features.float()], -1)).squeeze(-1)
 
@@ -144,8 +145,7 @@ class FirstErrorModel(CalibratedModel):
     )->FirstErrorOutput:
         "Logits of hazard and risk, and where asked for the log-probability of each token."
         mask = torch.ones_like(input_ids) if mask is None else mask
-        decoder = self.backbone.get_decoder()
-        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = self.read(input_ids, attention_mask)
         features = token_features(hidden, self.compute_logits, input_ids, mask)
         seen = F.pad(mask[:, 1:].bool(), (1, 0))
         hazard, risk = (torch.where(seen, z, 0.) for z in self.head(hidden, features))

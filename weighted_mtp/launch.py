@@ -91,8 +91,11 @@ def _with_checkpoint(request, outputs): # a request with the checkpoints of earl
     return request
 
 # %% ../nbs/launching/14_launch.ipynb #391f4446
-def _same_plan(a, b): # whether two plans do the same; warnings come and go
-    def essential(plan): return {k: v for k, v in plan.items() if k not in ('warnings', 'blockers')}
+def _same_plan(a, b): # whether two plans do the same; warnings come and go, and commits follow each other
+    def spec(run): return run and {**run, 'import': [v for v in run['import'].values() if isinstance(v, str)]}
+    def essential(plan):
+        kept = {k: v for k, v in plan.items() if k not in ('warnings', 'blockers')}
+        return {**kept, 'run_yaml': spec(plan.get('run_yaml'))}
     return essential(a) == essential(b)
 
 def _earlier_run(plan, since=''): # folder and record of the newest run of this very plan that completed or is active

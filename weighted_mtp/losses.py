@@ -54,28 +54,32 @@ def _softcap_(z, cap): # z becomes cap*tanh(z/cap); returns the derivative
     return slope
 
 # %% ../nbs/training/02_losses.ipynb #3ce8b044
+def _hidden_rows(rows, places, n): # (N,) rows of (B, T, n) -> (N,) the same tokens and heads in packed hidden states
+    return rows if places is None else places.flatten()[rows//n]*n + rows%n
+
 class _MTPCrossEntropy(torch.autograd.Function):
     "(sum of scale x loss, losses (B, T, n)) over the rows with a target; gradients are made on the way."
     @staticmethod
-    def forward(ctx, valid, ids, scale, logit_scale, softcap, bias, *products): # hidden, unembedding, …
+    def forward(ctx, valid, ids, scale, places, logit_scale, softcap, bias, *products): # hidden, unembedding, …
         factor = _factor_dtype(*products[:2])
         full = torch.promote_types(factor, torch.float32)
         rows = valid.flatten().nonzero().squeeze(1)
         hs, us = [h.flatten(0, 2) for h in products[::2]], [u.to(factor) for u in products[1::2]]
         ids, scale = ids.flatten()[rows, None].long(), scale.flatten()[rows, None].to(full)
         losses = torch.zeros(valid.numel(), 1, dtype=torch.float32, device=valid.device)
-        need_bias, *need = ctx.needs_input_grad[5:]
+        need_bias, *need = ctx.needs_input_grad[6:]
         grad_b = torch.zeros_like(bias, dtype=full) if need_bias else None
         grad_hs = [torch.zeros_like(h) if x else None for h, x in zip(hs, need[::2])]
         grad_us = [torch.zeros_like(u, dtype=full) if x else None for u, x in zip(us, need[1::2])]
         size = _chunk_rows(*us[0].shape)
         buffer = us[0].new_empty(min(size, len(rows)), len(us[0]), dtype=full)
-        for at, y, c in zip(rows.split(size), ids.split(size), scale.split(size)):
+        of_hidden = _hidden_rows(rows, places, valid.shape[-1])
+        for i, at, y, c in zip(*(x.split(size) for x in (rows, of_hidden, ids, scale))):
             xs, p = [h[at].to(factor) for h in hs], buffer[:len(at)]
             _logits_(p, xs, us, logit_scale, bias)
             slope = None if softcap is None else _softcap_(p, softcap)
             loss, total = _nll_(p, y)
-            losses[at] = loss.float()
+            losses[i] = loss.float()
             if not (need_bias or any(need)): continue
             g = p.mul_(c/total).scatter_add_(1, y, -c) # scale (softmax - onehot)
             if slope is not None: g.mul_(slope)
@@ -96,7 +100,7 @@ class _MTPCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _): # in place: a copy of the unembedding's gradient would cost as much as four chunks
-        return *[None]*5, *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
+        return *[None]*6, *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
 
 # %% ../nbs/training/02_losses.ipynb #34c0eac0
 def _expect(name, x, *allowed):
@@ -121,11 +125,13 @@ def mtp_loss(
     softcap:float|None=None, # c of c*tanh(logits/c), after the scale
     bias=None, # (V,) added before the scale
     low_rank=None, # Adapter on the head: (B, T, n, r) and (V, r), whose product is added before the scale
+    places=None, # (B, T): hidden states are packed, (R, L, n, D), and this says where in their R*L tokens each one is
 ): # (scalar float32 loss, token losses (B, T, n) float32: source-indexed, unweighted, 0 where no target, no gradient)
     """Weighted MTP cross-entropy that never holds all logits (Gloeckle et al. 2024, arXiv 2404.19737,
     eq. 2, with weights). Raises `ValueError` for shapes that do not fit."""
     if hidden.ndim != 4: raise ValueError(f"hidden has shape {tuple(hidden.shape)}: allowed is (B, T, n, D)")
-    B, T, n, D = hidden.shape
+    (B, T, n, D), at = hidden.shape, hidden.shape[:2]
+    if places is not None: B, T = places.shape
     if normalizer is None: counts = mtp_counts(labels, n)
     else: counts = torch.as_tensor(normalizer, dtype=torch.float32, device=hidden.device)
     _expect('unembedding', unembedding, (*unembedding.shape[:1], D))
@@ -135,14 +141,14 @@ def mtp_loss(
     if bias is not None: _expect('bias', bias, (len(unembedding),))
     if low_rank is not None:
         r = low_rank[1].shape[-1]
-        _expect('low_rank[0]', low_rank[0], (B, T, n, r))
+        _expect('low_rank[0]', low_rank[0], (*at, n, r))
         _expect('low_rank[1]', low_rank[1], (len(unembedding), r))
     valid = by_source(labels != -100, n)
     tensors = [bias, hidden, unembedding, *(low_rank or ())]
     if not torch.is_grad_enabled(): # then no gradient is made on the way
         tensors = [None if x is None else x.detach() for x in tensors]
     scale = _row_scale(weights, counts, valid)
-    return _MTPCrossEntropy.apply(valid, by_source(labels, n), scale, logit_scale, softcap, *tensors)
+    return _MTPCrossEntropy.apply(valid, by_source(labels, n), scale, places, logit_scale, softcap, *tensors)
 
 # %% ../nbs/training/02_losses.ipynb #b1601001
 def mtp_cross_entropy(
@@ -151,7 +157,7 @@ def mtp_cross_entropy(
     labels, # (B, T)
     weights=None, # (B, T) by target, or (B, T, n) by source and head
     normalizer=None, # Scalar or (n,)
-    **head, # logit_scale, softcap, bias, low_rank
+    **head, # logit_scale, softcap, bias, low_rank, places
 ): # Scalar float32
     "The loss alone: see `mtp_loss`."
     return mtp_loss(hidden, unembedding, labels, weights, normalizer, **head)[0]
@@ -161,7 +167,7 @@ def mtp_token_cross_entropy(
     hidden, # (B, T, n, D)
     unembedding, # (V, D)
     labels, # (B, T)
-    **head, # logit_scale, softcap, bias, low_rank: as for `mtp_loss`
+    **head, # logit_scale, softcap, bias, low_rank, places: as for `mtp_loss`
 ): # (B, T, n) float32, without gradient: [t, k-1] is head k at t, target t+k; 0 where no target
     "Every token's loss, by source and head: a reference's or a policy's, for `select_tokens` and for logging."
     return mtp_loss(hidden, unembedding, labels, **head)[1]

@@ -49,7 +49,8 @@ def make_extra_heads(
 )->nn.ModuleList:
     "Copies of the last block, each with places of its own in a cache."
     def cached(block): return [m for m in block.modules() if getattr(m, 'layer_idx', None) is not None]
-    heads = nn.ModuleList(copy.deepcopy(block) for _ in range(n))
+    shared = {id(m.config): m.config for m in block.modules() if hasattr(m, 'config')} # its attention is chosen there
+    heads = nn.ModuleList(copy.deepcopy(block, dict(shared)) for _ in range(n))
     n_places = len({m.layer_idx for m in cached(block)}) # that one block takes in a cache
     for i, head in enumerate(heads, 1):
         for m in cached(head): m.layer_idx += i*n_places
@@ -127,17 +128,23 @@ class MTPForCausalLM(BackboneModel, GenerationMixin):
         "Logits, or with `labels` the weighted MTP loss straight from the hidden states (`losses.mtp_loss`)."
         all_heads = labels is not None or return_all_heads
         if all_heads: kw.setdefault('use_cache', False) # the backbone's cache has no place for the other heads
-        kw |= dict(input_ids=input_ids, attention_mask=attention_mask)
-        hidden, out, trunk = self.hidden_states(self.config.n_future_tokens if all_heads else 1, **kw)
-        if labels is not None: return self.weighted_loss(hidden, labels, weights, normalizer)
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask)
+        if labels is not None: inputs, packing = self.decoder_inputs(input_ids, attention_mask)
+        hidden, out, trunk = self.hidden_states(self.config.n_future_tokens if all_heads else 1, **kw | inputs)
+        if labels is not None: return self.weighted_loss(hidden, labels, weights, normalizer, packing)
         if not return_all_heads: hidden = hidden[:, :, 0]
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return MTPOutput(logits=self.compute_logits(hidden[:, kept]), past_key_values=out.past_key_values,
                          trunk=trunk if return_trunk else None)
 
-    def weighted_loss(self, hidden, labels, weights, normalizer)->MTPOutput: # (B, T, n, D), (B, T), as in `forward`
+    def weighted_loss(self,
+        hidden, # (B, T, n, D), or packed
+        labels, weights, normalizer, # As in `forward`
+        packing=None, # Where the batch is in packed states
+    )->MTPOutput:
         "The weighted MTP loss and the losses of all tokens."
         W, terms = self.loss_terms(hidden)
+        if packing is not None: terms['places'] = packing.places
         if callable(weights): weights = weights(mtp_token_cross_entropy(hidden, W, labels, **terms))
         loss, token_ce = mtp_loss(hidden, W, labels, weights, normalizer, **terms)
         return MTPOutput(loss=loss, token_ce=token_ce)

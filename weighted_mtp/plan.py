@@ -6,8 +6,8 @@
 __all__ = ['training_command', 'Plan', 'summary_rows', 'make_plan', 'estimate_plan', 'estimate_rows']
 
 # %% ../nbs/launching/06_plan.ipynb #b31af45f
-import shlex
-from dataclasses import asdict, dataclass
+import re, shlex
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from .env_secrets import redact
 from .estimate import Estimate, estimate, measured_step
 from .files import UserError, project_root, read_json
 from .launch_site import load_site
-from .preflight import (leaked_secrets, local_blockers, local_warnings, other_pipeline, vessl_blockers,
-                                    vessl_warnings)
+from .preflight import (leaked_secrets, local_blockers, local_warnings, other_pipeline, planned_ref,
+                                    vessl_blockers, vessl_warnings)
 from .request import check_request, config_file, load_config_file, request_overrides, resolve_config
 from .vessl_run import vessl_run
 
@@ -76,6 +76,10 @@ def _evaluation_text(e): # what an evaluation does, from its config
     text = f"{e['checkpoint'] or 'nothing yet: set evaluation.checkpoint'}, by {', '.join(e['benchmarks'])}"
     return text + (f", the first {e['limit']} problems" if e['limit'] else '')
 
+def _clone_text(run_yaml): # the code of a VESSL run; None where its commit is not known
+    git = next((v['git'] for v in (run_yaml or {}).get('import', {}).values() if isinstance(v, dict)), {})
+    return f"commit {git['ref']} of {git['url']}" if re.fullmatch('[0-9a-f]{40}', git.get('ref', '')) else None
+
 def summary_rows(
     plan:Plan,
 ):
@@ -87,6 +91,7 @@ def summary_rows(
         factors = f'{plan.batch_size} × {plan.grad_accum} × {n} (batch size × accumulation × GPUs)'
         yield 'effective batch', f'{plan.effective_batch} = {factors}'
     yield 'command', plan.command_line
+    if code := _clone_text(plan.run_yaml): yield 'code', code
     for w in plan.warnings: yield 'warning', w
     for b in plan.blockers: yield 'before launching', b
 
@@ -105,7 +110,7 @@ def _checked(fields): # -> request, config file, overrides, resolved config; rai
 def _assemble(r, site, file, overrides, config):
     command, t, vessl = training_command(r, file, overrides), config.training, r['target'] == 'vessl'
     effective = t.batch_size*t.gradient_accumulation_steps*r['ngpus']
-    run_yaml = vessl_run(r, site, command, effective) if vessl else None
+    run_yaml = vessl_run(r, replace(site, git_ref=planned_ref(site)), command, effective) if vessl else None
     return Plan(
         request={k: v for k, v in r.items() if k not in ('name', 'dry_run')}, target=r['target'],
         module=f"weighted_mtp.pipelines.run_{r['pipeline']}", config=file, overrides=overrides,

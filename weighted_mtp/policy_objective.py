@@ -155,11 +155,14 @@ def check_vocabulary(
 
 def freeze(
     model, # Any `nn.Module`
-): # The same, without gradients, in evaluation mode, on the device that trains: bfloat16 on a GPU, else float32
-    "A model that is only asked."
-    cuda = torch.cuda.is_available()
-    model = model.requires_grad_(False).eval()
-    return model.to('cuda', torch.bfloat16) if cuda else model.to('cpu', torch.float32)
+    dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
+): # The same, without gradients, in evaluation mode, on the device that trains
+    "A model that is only asked. A value head stays in float32, and so do buffers: rotary frequencies, a calibration."
+    cuda, head = torch.cuda.is_available(), getattr(model, 'head', None)
+    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+    kept = {id(p) for p in head.parameters()} if head is not None else ()
+    for p in model.parameters(): p.data = p.data.to(torch.float32 if id(p) in kept else dtype)
+    return model.requires_grad_(False).eval().to('cuda' if cuda else 'cpu')
 
 # %% ../nbs/training/10_policy_objective.ipynb #b1600507
 def batch_of_one(

@@ -84,8 +84,7 @@ class RatioModel(CalibratedModel):
 
     def _read(self, name, input_ids, attention_mask): # hidden states (B, T, D) of a side, its unembedding
         model = self.side(name)
-        out = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return out.last_hidden_state, model.get_output_embeddings()
+        return self.read(input_ids, attention_mask, model), model.get_output_embeddings()
 
     def log_probabilities(self, name, input_ids, attention_mask, mask): # (B, T) float32, 0 where not asked for
         "Log-probability of each token under one side; without gradient no logits are kept."

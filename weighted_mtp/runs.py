@@ -7,8 +7,9 @@ __all__ = ['begin_run', 'note_run', 'is_main', 'record_dir', 'Stopped', 'Progres
            'load_parts', 'prepare', 'print_metrics', 'pipeline_main']
 
 # %% ../nbs/training/07_runs.ipynb #07000003
-import argparse, faulthandler, json, os, signal, subprocess, sys, time, uuid
+import argparse, faulthandler, json, os, signal, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psutil, torch, yaml
@@ -21,9 +22,12 @@ from .checkpoints import (BEST, FINAL, config_fingerprint, epoch_checkpoints, ne
                                       save_file)
 from .config import load_config, to_yaml
 from .data import vocabulary_id
+from .failures import (Ranks, closed_on_failure, end_for, end_on_sigterm, end_with, job_folder,
+                                   leave_now, now_training, watch_ranks)
 from .files import UserError, flatten, model_folder, project_root, read_json, write_text
 from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
+from .precision import compute_dtype
 from .sharding import full_state_dict, load_full_state_dict
 from .tracking import Tracker
 from .uploading import Uploader
@@ -118,6 +122,11 @@ def _write_result(result, tracker, history): # into the record, with the address
     if history.is_file(): write_text(record_dir()/'history.jsonl', history.read_text(encoding='utf-8'))
 
 def _end_run(result, run, status, wait=None): # `wait`: at most so many seconds for what is still to be sent
+    with run['ending']: # two threads may want to
+        if 'status' not in run: _close_run(result, run, status, wait)
+        run['status'] = status
+
+def _close_run(result, run, status, wait):
     tracker, uploader, history = (run[k] for k in ('tracker', 'uploader', 'history'))
     if status == 'FINISHED':
         tracker.log(result['metrics'], run.get('last_step', 0))
@@ -136,6 +145,9 @@ def _uploader(config, resumed): # to S3, if the config asks for it; what an inte
     for f in [*epoch_checkpoints(c.save_dir), Path(c.save_dir)/BEST] if resumed else []: uploader.put(f)
     return uploader
 
+def _await_all(): # the last that ranks do together: what rank 0 still sends may take longer than they may wait
+    if dist.is_initialized(): dist.barrier()
+
 @contextmanager
 def tracked_run(
     config, # A loaded config
@@ -147,14 +159,19 @@ def tracked_run(
                   pictures=[], warnings=[])
     if not is_main():
         yield result, run
+        _await_all()
         return
     folder = Path(config.checkpoint.save_dir)
     if not resumed: (folder/'history.jsonl').unlink(missing_ok=True)
     tracker = Tracker(config, record_dir() or folder, key=run['run'])
     tracker.params(flatten(yaml.safe_load(to_yaml(config))))
-    run.update(tracker=tracker, uploader=_uploader(config, resumed), history=folder/'history.jsonl')
+    run.update(tracker=tracker, uploader=_uploader(config, resumed), history=folder/'history.jsonl',
+               ending=threading.Lock())
     _write_result(result, tracker, run['history'])
-    try: yield result, run
+    try:
+        with closed_on_failure(lambda: _end_run(result, run, 'FAILED', 10)):
+            yield result, run
+            _await_all()
     except (Stopped, KeyboardInterrupt): _end_run(result, run, 'KILLED', 5); raise
     except BaseException: _end_run(result, run, 'FAILED', 10); raise
     _end_run(result, run, 'FINISHED')
@@ -186,6 +203,7 @@ def fit(
         trainer.on_log.append(progress.on_log)
         trainer.on_step.append(progress.on_step)
     if run and run['checkpoint']: restore(trainer, run['checkpoint'])
+    now_training(trainer)
     stopped = train(trainer)
     if run: run['last_step'] = trainer.step # where the final metrics belong
     if stopped:
@@ -223,7 +241,7 @@ def load_parts(
         from weighted_mtp.synthetic import make_micro_model
         return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers,
                                            n_heads=m.n_heads, max_length=d.max_length, seed=config.training.seed)
-    backbone = load_backbone(m.backbone, getattr(torch, m.dtype) if torch.cuda.is_available() else torch.float32)
+    backbone = load_backbone(m.backbone, torch.float32 if m.tuning == 'full' else compute_dtype(m))
     _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
     return tokenizer, backbone
 
@@ -264,55 +282,34 @@ def prepare(
     if cuda and here > (n := torch.cuda.device_count()):
         raise UserError(f"{here} processes were asked for, but this machine has {n} GPU(s): launch with ngpus={n}.")
     if not cuda: torch.set_num_threads(max(1, (config.training.cpu_threads or torch.get_num_threads())//here))
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: PartialState(cpu=not cuda)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        PartialState(cpu=not cuda, timeout=timedelta(minutes=config.distributed.timeout))
     set_seed(config.training.seed)
 
 def print_metrics(metrics):
     "Metrics as a table: the end of the log, what a reader looks for."
     print('\n'.join(f'{k:38} {v:8.3f}' for k, v in sorted(metrics.items())), flush=True)
 
-# %% ../nbs/training/07_runs.ipynb #07000007
-def _out_of_memory(e):
-    said = any(s in str(e) for s in ("can't allocate memory", 'not enough memory'))
-    return said or isinstance(e, (torch.OutOfMemoryError, MemoryError))
-
-def _lost_peer(e):
-    return any(s in str(e) for s in ('closed by peer', 'Connection reset', 'gloo', 'NCCL', 'ProcessGroup'))
-
-def _memory_advice(config):
-    t, length = config.training, config.dataset.max_length
-    smaller = f"dataset.max_length (now {length})"
-    if t.batch_size > 1:
-        smaller = (f"training.batch_size={max(1, t.batch_size//2)} with training.gradient_accumulation_steps="
-                   f"{t.gradient_accumulation_steps*2} (the effective batch stays)")
-    other = '' if t.gradient_checkpointing else ', or set training.gradient_checkpointing=true'
-    now = f"training.batch_size={t.batch_size} and dataset.max_length={length}"
-    return f"Out of memory with {now}. Lower it to {smaller}{other}."
-
-def _note_error(text)->bool: # whether this process is the first to fail
-    folder = os.environ.get('WMTP_RUN_DIR')
-    if not folder or not Path(folder).is_dir(): return True
-    try:
-        with open(Path(folder)/'error.txt', 'x', encoding='utf-8') as f: f.write(text)
-        return True
-    except FileExistsError: return False
-
-def _exit(text, code, quiet=False): # quiet: print only if no process has said why
-    if _note_error(str(text)) or not quiet and is_main(): print(f'Error: {text}', file=sys.stderr, flush=True)
-    sys.exit(code)
-
 # %% ../nbs/training/07_runs.ipynb #07000008
-def _exit_for(e, config): # for an exception that is no message yet; returns if it has to be raised
-    if _out_of_memory(e): _exit(_memory_advice(config), 2)
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and _lost_peer(e):
-        time.sleep(2) # the one that failed speaks first
-        _exit(f"rank {os.environ['RANK']} lost another process ({str(e).splitlines()[0][:200]})", 1, quiet=True)
-    _note_error(f'{type(e).__name__}: {e}')
+def _parsed(pipeline, argv):
+    p = argparse.ArgumentParser(prog=f'python -m weighted_mtp.pipelines.run_{pipeline}',
+                                description=f'Run the pipeline {pipeline}.')
+    p.add_argument('--config', required=True, help=f'YAML file, such as configs/{pipeline}/{pipeline}_micro.yaml')
+    p.add_argument('--override', action='append', default=[], metavar='KEY=VALUE',
+                   help='change one config key, such as training.batch_size=8; may be repeated')
+    return p.parse_args(argv)
 
-def _leave(): # with work done and files closed: at a normal exit gloo's threads abort the process now and then
-    dist.barrier()
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(0)
+def _watched()->Ranks|None: # from here on, where there are other ranks
+    if not (job := job_folder()): return None
+    ranks = Ranks(job, int(os.environ['RANK']))
+    watch_ranks(ranks)
+    end_on_sigterm(ranks)
+    return ranks
+
+def _ended(ranks, code=0): # in order
+    if not ranks: return
+    ranks.leave()
+    leave_now(code)
 
 def pipeline_main(
     pipeline:str, # Its name
@@ -320,27 +317,23 @@ def pipeline_main(
     argv=None, # Words after the command (default: the process's own)
 ):
     "Parse `--config` and `--override`, run, and turn errors into readable messages and exit codes."
-    p = argparse.ArgumentParser(prog=f'python -m weighted_mtp.pipelines.run_{pipeline}',
-                                description=f'Run the pipeline {pipeline}.')
-    p.add_argument('--config', required=True, help=f'YAML file, such as configs/{pipeline}/{pipeline}_micro.yaml')
-    p.add_argument('--override', action='append', default=[], metavar='KEY=VALUE',
-                   help='change one config key, such as training.batch_size=8; may be repeated')
-    a = p.parse_args(argv)
+    a, config = _parsed(pipeline, argv), None
     faulthandler.enable(sys.__stderr__) # a crash below Python leaves its place in the log
     if not is_main(): sys.stdout = open(os.devnull, 'w')
-    config = None
+    ranks = _watched()
     try:
         config = load_config(a.config, a.override)
         if config.pipeline != pipeline:
             raise UserError(f"{a.config} is a config of the pipeline '{config.pipeline}', not of '{pipeline}'.")
         prepare(config)
         run(config)
-        if dist.is_initialized(): _leave()
-    except UserError as e: _exit(e, 2)
+        _ended(ranks)
+    except UserError as e: end_with(e, 2)
     except Stopped as e:
-        if is_main(): _exit(e, 128 + signal.SIGTERM)
+        if is_main(): print(f'Error: {e}', file=sys.stderr, flush=True)
+        _ended(ranks, 128 + signal.SIGTERM)
         sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt: _exit('interrupted', 130)
+    except KeyboardInterrupt: end_with('interrupted', 130)
     except Exception as e:
-        _exit_for(e, config)
+        end_for(e, config)
         raise

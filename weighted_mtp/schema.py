@@ -81,7 +81,8 @@ class Model:
     n_future_tokens: int = setting(4, '[1, 1024]') # Heads of a policy: how many tokens ahead it predicts
     tuning: str = setting('lora', choices=('lora', 'frozen', 'full')) # What of the backbone is trained
     lora: Lora = field(default_factory=Lora)
-    dtype: str = setting('bfloat16', choices=('bfloat16', 'float32')) # On a GPU; a CPU computes in float32
+    # Of frozen weights and of products (auto: bfloat16 on a GPU, float32 on a CPU); what is trained is float32
+    dtype: str = setting('auto', choices=('auto', 'bfloat16', 'float32'))
     hidden_size: int = setting(128, '[8, 65536]') # micro only
     n_layers: int = setting(4, '[1, 1024]') # micro only
     n_heads: int = setting(4, '[1, 1024]') # micro only: attention heads
@@ -122,6 +123,9 @@ class Training:
     warmup_ratio: float = setting(0.03, '[0, 1]') # Share of the steps over which the learning rate rises from 0
     min_lr_ratio: float = setting(0.005, '[0, 1]') # The cosine ends at this share of the learning rate
     max_grad_norm: float = setting(1.0, '(0, 1e9]') # Gradients are clipped to this norm
+    # Read the solutions of a micro-batch in rows of dataset.max_length without padding; none sees another
+    packing: bool = False
+    compile: bool = False # torch.compile for each block; the first steps take minutes
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time
     seed: int = setting(42, '[0, 4294967295]') # Initial weights, shuffling, dropout
     # torch threads on a CPU (null: torch's choice); with a fixed number, runs repeat bit for bit
@@ -189,6 +193,8 @@ class Fsdp:
 class Distributed:
     "Several GPUs."
     fsdp: Fsdp = field(default_factory=Fsdp)
+    # Minutes that a rank waits for the others before the run is given up; a rank that died is noticed in seconds
+    timeout: float = setting(30., '[0.05, 10000]')
 
 @dataclass
 class Mlflow:

@@ -14,21 +14,33 @@ from .env_secrets import SECRET_NAMES
 
 # %% ../nbs/launching/04_vessl_run.ipynb #b0f3d4a5
 INLINE = '***' # placeholder for a secret's value
-NCCL = {'NCCL_DEBUG': 'WARN', 'NCCL_DEBUG_SUBSYS': 'INIT,ENV', 'TORCH_NCCL_ASYNC_ERROR_HANDLING': '1'} # 2 GPUs or more
-
-def _environment(r, site):
-    secrets = {name: INLINE if site.secrets == 'inline' else {'secret': name}
-               for name in SECRET_NAMES if name != 'AWS_DEFAULT_REGION'}
-    return {'MLFLOW_TRACKING_URI': site.mlflow_uri, 'AWS_DEFAULT_REGION': site.aws_region, 'PYTHONUNBUFFERED': '1',
-            'UV_NO_SYNC': '1', **(NCCL if r['ngpus'] > 1 else {}), **secrets}
+NCCL = { # 2 GPUs or more
+    'NCCL_DEBUG': 'WARN', 'NCCL_DEBUG_SUBSYS': 'INIT,ENV', 'TORCH_NCCL_ASYNC_ERROR_HANDLING': '3',
+    'TORCH_NCCL_ENABLE_MONITORING': '1', 'TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC': '300', 'TORCH_NCCL_DUMP_ON_TIMEOUT': '1',
+    'TORCH_FR_BUFFER_SIZE': '2000'}
 
 def _names(text): return [n.strip() for n in text.split(',') if n.strip()]
 def _mount_point(site, volume): return f'{site.workdir}-storage/{volume}'
 def _volumes(site, names): return {_mount_point(site, name): f'{site.volume_root}/{name}' for name in _names(names)}
 
+def _several_processes(site): # what torchrun, torch and NCCL read
+    recorder = f'{_mount_point(site, _names(site.exports)[0])}/nccl-trace-rank-' # torch adds the rank
+    return {**NCCL, 'TORCH_FR_DUMP_TEMP_FILE': recorder, 'PYTHON_EXEC': f'{site.workdir}/.venv/bin/python'}
+
+def _environment(r, site):
+    secrets = {name: INLINE if site.secrets == 'inline' else {'secret': name}
+               for name in SECRET_NAMES if name != 'AWS_DEFAULT_REGION'}
+    return {'MLFLOW_TRACKING_URI': site.mlflow_uri, 'AWS_DEFAULT_REGION': site.aws_region, 'PYTHONUNBUFFERED': '1',
+            'UV_NO_SYNC': '1', **(_several_processes(site) if r['ngpus'] > 1 else {}), **secrets}
+
+# python3: an image need not have `python`. --without-pip: it need not have ensurepip; the venv sees the image's pip.
+_UV = 'command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q uv' # on the image's PATH
+_INSTALL = ('python3 -m venv --system-site-packages --without-pip .venv && '
+            '.venv/bin/python -m pip install -q -c constraints.txt -e .')
+
 def _commands(site, command): # what the cluster runs, in order
     links = [shlex.join(['ln', '-sfn', _mount_point(site, v), f'storage/{v}']) for v in _names(site.volumes)]
-    yield 'python -m pip install -q uv && uv venv -q && uv pip install -q -c constraints.txt -e .'
+    yield f'{{ {_UV}; }} && {_INSTALL}'
     yield ' && '.join(['mkdir -p storage', *links])
     yield 'nvidia-smi'
     yield shlex.join(command)

@@ -1,0 +1,109 @@
+"""Solutions packed in rows: the numbers of each are those that it has alone, and no other solution changes them.
+That all pipelines train as they do without packing, on one process and on two, is in test_distributed.py."""
+import pytest, torch
+from transformers import AutoModelForCausalLM, GemmaConfig, GPTNeoXConfig, LlamaConfig, MambaConfig, MistralConfig
+
+from weighted_mtp.files import UserError
+from weighted_mtp.logit_check import check_packing
+from weighted_mtp.models import build_first_error_model, build_policy, build_ratio_model, build_value_model
+from weighted_mtp.weighting import credit_weights, gae_advantages, lambda_returns
+
+SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+BUILD = dict(policy=lambda b: build_policy(b, 4), ratio=build_ratio_model, first_error=build_first_error_model,
+             mlp=build_value_model, surprise=lambda b: build_value_model(b, head='surprise'))
+
+def example(seed=0): # five solutions of 3 to 9 tokens: ids, attention mask, labels (B, T)
+    g = torch.Generator().manual_seed(seed)
+    lengths, T = torch.tensor([5, 3, 9, 2, 4]), 9
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    ids = torch.randint(3, 50, (5, T), generator=g)*mask
+    return ids, mask, ids.masked_fill((mask == 0) | (torch.arange(T) < 1), -100)
+
+def built(kind, config=None):
+    torch.manual_seed(0)
+    model = BUILD[kind](AutoModelForCausalLM.from_config(config or LlamaConfig(**SMALL))).eval()
+    with torch.no_grad(): # copies of a block, or of a model, would hide a mistake
+        for n, p in model.named_parameters():
+            if n.startswith(('extra_heads', 'wrong')): p.add_(.1*torch.randn_like(p))
+    return model
+
+def numbers(model, kind, ids, mask, labels): # what is computed of every token, and the gradient
+    model.zero_grad()
+    if kind == 'policy':
+        out = model(ids, mask, labels=labels)
+        out.loss.backward()
+        return [out.token_ce], [p.grad.clone() for p in model.parameters()]
+    known = labels != -100
+    out = model(ids, mask, known)
+    (out.values if hasattr(out, 'values') and torch.is_tensor(out.values) else out.evidence)[known].sum().backward()
+    return list(model.credit(ids, mask, known)), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+@pytest.mark.parametrize('kind', BUILD)
+def test_packed_equals_padded(kind):
+    model, batch = built(kind), example()
+    want, want_grads = numbers(model, kind, *batch)
+    model.use_packing(10)
+    check_packing(model)
+    got, grads = numbers(model, kind, *batch)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('kind', BUILD)
+def test_another_solution_changes_nothing(kind):
+    model, (ids, mask, labels) = built(kind), example()
+    model.use_packing(10)
+    before, _ = numbers(model, kind, ids, mask, labels)
+    other = example(seed=1)[0]
+    changed = ids.clone()
+    changed[1] = other[1]
+    after, _ = numbers(model, kind, changed, mask, labels.where(labels == -100, changed))
+    rest = [0, 2, 3, 4]
+    for a, b in zip(after, before):
+        torch.testing.assert_close(a[rest], b[rest], rtol=0, atol=0)
+        assert not torch.equal(a[1], b[1])
+
+def test_two_documents_in_a_row_of_eight_tokens():
+    """Documents of 5 and 3 tokens: head k at t has a target if t+k is in the same document; what is computed of
+    values never crosses the border either."""
+    model = built('policy')
+    model.use_packing(8)
+    ids = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = ids.masked_fill(mask == 0, -100)
+    packing = model.decoder_inputs(ids, mask)[1]
+    assert packing.pack(ids).tolist() == [[11, 12, 13, 14, 15, 21, 22, 23]]
+    has_target = (model(ids, mask, labels=labels).token_ce > 0).long()
+    assert has_target[0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert has_target[1].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    values = packing.unpack(torch.tensor([[.6, .7, .8, .9, 1., .4, .3, .2]]))
+    torch.testing.assert_close(gae_advantages(values, mask, lam=1.)[:, 0], torch.tensor([.5, -.3])) # V_T - V_-1
+    returns = lambda_returns(values, torch.tensor([1., 0.]), mask, lam=0.)
+    torch.testing.assert_close(returns[0], torch.tensor([.7, .8, .9, 1., 1.]))
+    torch.testing.assert_close(returns[1], torch.tensor([.3, .2, 0., 0., 0.]))
+    weights = credit_weights(packing.unpack(torch.tensor([[0., 0., 0., 0., 1., 0., 0., 0.]])), mask, normalize=False)
+    assert weights.tolist() == [[.5, .5, .5, .5, 2.5], [.5, .5, .5, 0., 0.]]
+
+GROUPED = dict(num_key_value_heads=1, head_dim=16)
+
+@pytest.mark.parametrize('config', [MistralConfig(**SMALL, **GROUPED), GemmaConfig(**SMALL, **GROUPED),
+                                    GPTNeoXConfig(**SMALL)], ids=lambda c: c.model_type)
+def test_other_families(config):
+    model = built('policy', config)
+    want, _ = numbers(model, 'policy', *example())
+    model.use_packing(10)
+    check_packing(model)
+    got, _ = numbers(model, 'policy', *example())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+def test_a_family_without_attention_is_refused():
+    small = {k: v for k, v in SMALL.items() if k not in ('num_attention_heads', 'intermediate_size')}
+    model = built('mlp', MambaConfig(**small, state_size=4))
+    with pytest.raises(UserError, match='cannot read packed solutions: transformers has no sdpa'): model.use_packing(10)
+
+def test_a_family_that_would_mix_solutions_is_refused(monkeypatch):
+    model = built('mlp')
+    def without_positions(packing, ids, attention): return dict(input_ids=packing.pack(ids), use_cache=False)
+    monkeypatch.setattr('weighted_mtp.backbones.packed_inputs', without_positions)
+    model.use_packing(10)
+    with pytest.raises(UserError, match='cannot read packed solutions: its hidden states differ'): check_packing(model)

@@ -8,6 +8,7 @@ import pytest, torch
 import warm
 from test_launch import in_one_kernel
 from weighted_mtp.outcomes import last_words
+from weighted_mtp.state_folder import read_facts
 
 ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
@@ -174,8 +175,8 @@ def test_every_pipeline_through_the_launch_notebook(root, launched, pipeline, ng
     assert len(losses) >= 3 and losses[-1] < losses[0], losses
 
 def cut_off(folder, keep): # as after a kill that left the first `keep` epoch checkpoints
-    saved = {f: torch.load(f, weights_only=True)['step'] for f in folder.glob('checkpoint_epoch_*.pt')}
-    for f in sorted(saved, key=saved.get)[keep:]: f.unlink()
+    saved = {f: read_facts(f)['step'] for f in folder.glob('checkpoint_epoch_*')}
+    for f in sorted(saved, key=saved.get)[keep:]: shutil.rmtree(f)
     for name in ('checkpoint_final.pt', 'history.jsonl'): (folder/name).unlink()
     (folder/'run.json').write_text(json.dumps({**json.loads((folder/'run.json').read_text()), 'finished': False}))
 

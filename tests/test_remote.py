@@ -266,11 +266,17 @@ def bucket(server, name='checkpoints'):
 def stored(s3): # name -> bytes
     found = s3.list_objects_v2(Bucket='checkpoints', Prefix='critic/demo/').get('Contents', [])
     def read(key): return s3.get_object(Bucket='checkpoints', Key=key)['Body'].read()
-    return {o['Key'].rpartition('/')[2]: read(o['Key']) for o in found}
+    return {o['Key'].removeprefix('critic/demo/'): read(o['Key']) for o in found}
 
 def save(folder, name, content): # as checkpoints are written
     (folder/f'{name}.part').write_bytes(content)
     return (folder/f'{name}.part').replace(folder/name)
+
+def save_folder(folder, name, content): # as a state to resume from
+    part = folder/f'{name}.part'
+    part.mkdir()
+    for file in ('.metadata', '__0_0.distcp'): (part/file).write_bytes(content)
+    return part.rename(folder/name)
 
 def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
     """The server dies between checkpoints and comes back empty: uploads continue, and at the end the bucket holds what
@@ -278,17 +284,18 @@ def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
     s3 = bucket(s3_server)
     up = Uploader('s3://checkpoints/critic/demo')
     big = os.urandom(70 << 20) # more than one part
-    up.put(save(tmp_path, 'checkpoint_epoch_0.20.pt', b'one'))
+    up.put(save_folder(tmp_path, 'checkpoint_epoch_0.20', b'one'))
     up.put(save(tmp_path, 'checkpoint_best.pt', big))
     until(lambda: not up._todo)
-    assert stored(s3) == {'checkpoint_epoch_0.20.pt': b'one', 'checkpoint_best.pt': big}
+    first = {f'checkpoint_epoch_0.20/{f}': b'one' for f in ('.metadata', '__0_0.distcp')}
+    assert stored(s3) == first | {'checkpoint_best.pt': big}
     s3_server.kill()
     start = time.monotonic()
     for i in range(2, 6): # goes on training, with save_total_limit = 3
-        up.put(save(tmp_path, f'checkpoint_epoch_{i/5:.2f}.pt', b'%d' % i))
+        up.put(save_folder(tmp_path, f'checkpoint_epoch_{i/5:.2f}', b'%d' % i))
         if i > 3:
-            old = tmp_path/f'checkpoint_epoch_{(i-3)/5:.2f}.pt'
-            old.unlink()
+            old = tmp_path/f'checkpoint_epoch_{(i-3)/5:.2f}'
+            shutil.rmtree(old)
             up.delete(old)
     assert time.monotonic() - start < 2
     until(lambda: 'does not answer' in capfd.readouterr().err)
@@ -297,9 +304,10 @@ def test_s3_killed_and_restarted(s3_server, tmp_path, capfd):
     bucket(s3_server)
     up.put(save(tmp_path, 'checkpoint_final.pt', b'final'))
     assert up.close(30) is True
-    assert stored(s3) == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    names = {'epoch_0.60', 'epoch_0.80', 'epoch_1.00', 'best', 'final'}
-    assert set(stored(s3)) == {f'checkpoint_{x}.pt' for x in names}
+    files = [f for f in tmp_path.rglob('*') if f.is_file()]
+    assert stored(s3) == {f.relative_to(tmp_path).as_posix(): f.read_bytes() for f in files}
+    names = {'epoch_0.60', 'epoch_0.80', 'epoch_1.00', 'best.pt', 'final.pt'}
+    assert {name.partition('/')[0] for name in stored(s3)} == {f'checkpoint_{x}' for x in names}
 
 def test_s3_that_hangs_holds_nothing_up(hanging, tmp_path):
     """Neither the loop, nor `close`, nor the end of the process, which would wait for a thread that is not a daemon."""
@@ -440,7 +448,8 @@ def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server
     assert result['mlflow_run_id'] == run.info.run_id and result['mlflow_uri'] == uri
     assert not list(t.record.glob(SPOOLS))
     assert result['metrics'] and run.data.metrics.items() >= result['metrics'].items()
-    files = {f'wmtp/ntp/served/{f.name}': f.stat().st_size for f in t.checkpoints.glob('*.pt')}
+    left = [f for f in t.checkpoints.rglob('*') if f.is_file() and 'checkpoint_' in f'{f.parent.name}{f.name}']
+    files = {f'wmtp/ntp/served/{f.relative_to(t.checkpoints).as_posix()}': f.stat().st_size for f in left}
     last = {f'wmtp/ntp/served/checkpoint_{x}.pt' for x in ('best', 'final')}
     assert in_bucket() == files and files.keys() >= {*held, *last}
     until((alone[0].checkpoints/'checkpoint_final.pt').is_file, 90)

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest, torch
 
 import warm
+from weighted_mtp.checkpoints import newest_checkpoint
+from weighted_mtp.state_folder import Saver, contents, read_facts
 
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 KILLS = int(os.environ.get('WMTP_KILLS', 6))
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.hidden_size=32', 'model.n_layers=2',
          'model.n_heads=2', 'training.log_every=5', 'training.cpu_threads=1', 'training.batch_size=4',
-         'training.gradient_accumulation_steps=2', 'checkpoint.save_checkpoint_every=0.1',
+         'training.gradient_accumulation_steps=2', 'checkpoint.save_checkpoint_every=0.25',
          'checkpoint.save_total_limit=2', 'experiment.critic_checkpoint=critic.pt']
 
 MODELS = '''
@@ -100,7 +102,7 @@ def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrid
     run = tmp_path/'cut/run.json'
     run.write_text(json.dumps(json.loads(run.read_text()) | dict(finished=False)))
     (tmp_path/'cut/checkpoint_final.pt').unlink()
-    files = sorted((tmp_path/'cut').glob('checkpoint_epoch_*.pt'), key=lambda f: float(f.stem.rsplit('_', 1)[1]))
+    files = sorted((tmp_path/'cut').glob('checkpoint_epoch_*'), key=lambda f: float(f.name.rsplit('_', 1)[1]))
     for age, f in enumerate(files): os.utime(f, (1e9 - age, 1e9 - age)) # the newest looks oldest
     assert f'resuming from {files[-1]}' in to_the_end(root, words, tmp_path/'b')
     assert metrics(tmp_path/'b') == metrics(tmp_path/'a')
@@ -108,6 +110,39 @@ def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrid
     best_w, best_c = weights(tmp_path/'whole', 'checkpoint_best.pt'), weights(tmp_path/'cut', 'checkpoint_best.pt')
     assert best_w['step'] == best_c['step']
     for k, w in best_w['state'].items(): assert torch.equal(w, best_c['state'][k]), k
+
+# Saves without a break: every number of a checkpoint is its step
+SAVES = '''
+import itertools, sys, torch
+from pathlib import Path
+from weighted_mtp.checkpoints import epoch_name, prune
+from weighted_mtp.state_folder import Saver
+folder, saver, tensors = Path(sys.argv[1]), Saver(), {f'w{i}': torch.empty(1 << 20) for i in range(4)}
+def done(step):
+    prune(folder, 2)
+    (folder/'done').write_text(str(step))
+for step in itertools.count(int(sys.argv[2])):
+    for x in tensors.values(): x.fill_(step)
+    saver.save(folder/epoch_name(step/1000, 999), tensors, dict(training=dict(run='mine', step=step)),
+               after=lambda step=step: done(step))
+'''
+
+def test_killed_twenty_times_while_it_saves(tmp_path):
+    step, cut, rng = 0, 0, random.Random(os.urandom(8))
+    def said(): return int(done.read_text() or 0) if (done := tmp_path/'done').exists() else 0
+    for _ in range(20):
+        p = warm.Process([sys.executable, '-c', SAVES, str(tmp_path), str(step+1)], tmp_path, environment())
+        while said() <= step: time.sleep(.002); assert p.poll() is None, p.communicate()
+        time.sleep(rng.random()*.2)
+        p.kill(); p.wait(30)
+        cut += bool(list(tmp_path.glob('*.part')))
+        newest = newest_checkpoint(tmp_path, 'mine')
+        step, least = read_facts(newest)['training']['step'], said()
+        assert step >= least and len(list(tmp_path.glob('checkpoint_epoch_*'))) <= 4
+        tensors = {name: torch.empty(1 << 20) for name in contents(newest)}
+        Saver().load(newest, tensors)
+        assert len(tensors) == 4 and all((x == step).all() for x in tensors.values()), newest
+    assert cut >= 5, f'only {cut} of 20 kills came while a folder was being written'
 
 def test_sigterm_saves_first(root, tmp_path):
     record, rare = tmp_path/'record', 'checkpoint.save_checkpoint_every=1000'
@@ -117,8 +152,8 @@ def test_sigterm_saves_first(root, tmp_path):
     p.terminate()
     out, err = p.communicate(timeout=60)
     assert p.returncode == 143 and 'resumes from there' in out + err, out + err[-1000:]
-    saved, = (tmp_path/'ckpt').glob('checkpoint_epoch_*.pt') # none was due: this one came with the signal
-    assert torch.load(saved, weights_only=True)['training']['step'] >= 20
+    saved, = (tmp_path/'ckpt').glob('checkpoint_epoch_*') # none was due: this one came with the signal
+    assert read_facts(saved)['training']['step'] >= 20
 
 def test_another_config_begins_anew_and_a_finished_run_too(root, tmp_path):
     run = lambda *o: to_the_end(root, command('ntp', tmp_path/'ckpt', 'training.max_steps=6', *o), tmp_path/'record')

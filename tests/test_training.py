@@ -63,8 +63,8 @@ def test_run_leaves_everything(project, first):
 
 def test_checkpoints_describe_themselves(project, first):
     folder = project/'storage/checkpoints/critic/critic-pretrain'
-    names = {f.name for f in folder.glob('*.pt')}
-    assert {'checkpoint_best.pt', 'checkpoint_final.pt'} < names and len(names) <= 5, names
+    names, epochs = ([f.name for f in folder.glob(pattern)] for pattern in ('*.pt', 'checkpoint_epoch_*'))
+    assert {*names} == {'checkpoint_best.pt', 'checkpoint_final.pt'} and 1 <= len(epochs) <= 3, names + epochs
     for name in names:
         c = torch.load(folder/name, weights_only=True)
         assert {'model_config', 'state', 'config', 'step', 'metrics', 'code_version', 'pipeline'} <= c.keys()

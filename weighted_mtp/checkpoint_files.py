@@ -14,11 +14,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from .files import UserError
+from .backbones import CalibratedModel
 from .first_error_model import FirstErrorModel
 from .logit_check import check_logits
 from .model_building import build_policy, load_backbone, next_token_model
 from .mtp_model import MTPForCausalLM
 from .ratio_model import RatioModel
+from .shard_loading import make_buffers
 from .value_model import ValueModel
 
 # %% ../nbs/models/08_checkpoint_files.ipynb #ce8dbce0
@@ -59,8 +61,10 @@ def read_checkpoint(
 )->dict: # Its facts, weights under `state`
     "Load a checkpoint's contents. Raises `UserError` naming the file if it is missing, truncated or of another kind."
     path = Path(path)
+    if path.is_dir(): raise UserError(f"Checkpoint {path} is a state to resume from, not a model: see beside it.")
     if not path.is_file(): raise UserError(f"Checkpoint {path} not found.")
-    try: c = torch.load(path, map_location='cpu', weights_only=True)
+    # Mapped: processes of one machine share one copy, and facts are read without the weights
+    try: c = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as e:
         raise UserError(f"Checkpoint {path} cannot be read: truncated, or not a checkpoint "
                         f"({type(e).__name__}).") from None
@@ -85,9 +89,10 @@ def _config_of(c, cls): return cls.config_class(**{k: v for k, v in c['model_con
 def fill_weights(
     path, model, # Named in errors; filled in place
     c:dict, # A checkpoint's contents
+    assign=False, # Take over the checkpoint's tensors, mapped as they are, instead of copying their numbers
 ): # The model, in evaluation mode
     "Load a checkpoint's weights into a model. Raises `UserError` where they do not fit."
-    try: lost = model.load_state_dict(c['state'], strict=False)
+    try: lost = model.load_state_dict(c['state'], strict=False, assign=assign)
     except RuntimeError as e:
         misfit = 'its own config' if _is_complete(c) else 'its backbone'
         why = str(e).splitlines()[-1].strip()
@@ -96,12 +101,23 @@ def fill_weights(
     if lost.unexpected_keys or (_is_complete(c) and missing):
         key = (lost.unexpected_keys + missing)[0]
         raise UserError(f"Checkpoint {path} does not fit its own config: {key}.")
+    if assign: model.tie_weights()
     check_logits(model)
     return model.eval()
 
-def _fill_critic(path, c, config, cls, backbone):
-    if not _is_complete(c): backbone = next_token_model(backbone or load_backbone(c['backbone']))
-    return fill_weights(path, cls(config, backbone), c)
+def _new(cls, config, parts): # with `parts` without weights, of which all are in the checkpoint
+    if not parts: return cls(config)
+    with torch.device('meta'): model = cls(config)
+    if not make_buffers(model.backbone): return cls(config)
+    if hasattr(model, 'wrong') and model.wrong is not None: make_buffers(model.wrong)
+    if isinstance(model, CalibratedModel): model.attach_calibration() # older checkpoints have none
+    return model
+
+def _backbone_of(c, parts): return load_backbone(c['backbone'], parts=parts)
+
+def _fill_critic(path, c, config, cls, backbone, parts=False):
+    if _is_complete(c): return fill_weights(path, _new(cls, config, parts), c, parts)
+    return fill_weights(path, cls(config, next_token_model(backbone or _backbone_of(c, parts))), c, parts)
 
 def load_value_model(
     path, # A critic's checkpoint
@@ -122,22 +138,24 @@ CRITICS = {m.config_class.model_type: m for m in (ValueModel, RatioModel, FirstE
 def load_critic_model(
     path, # A critic's checkpoint, whatever its head
     backbone=None, # As for `load_value_model`
+    parts=False, # To be sharded: weights are mapped from files, or read by `sharding.shard`
 ): # A model with `credit`, on the CPU, in evaluation mode
     "The critic of a checkpoint. Raises `UserError` where it does not fit."
     c = read_checkpoint(path)
     cls = CRITICS.get(c['model_type'])
     if cls is None: raise UserError(f"Checkpoint {path} holds a {c['model_type']}, not a critic.")
-    return _fill_critic(path, c, _config_of(c, cls), cls, backbone)
+    return _fill_critic(path, c, _config_of(c, cls), cls, backbone, parts)
 
 def load_policy(
     path, # A policy's checkpoint
     backbone=None, # As for `load_value_model`
+    parts=False, # As for `load_critic_model`
 )->MTPForCausalLM: # On the CPU, in evaluation mode
     "The policy of a checkpoint. Raises `UserError` where it does not fit."
     c, config = _read_with_config(path, MTPForCausalLM, 'policy')
-    if _is_complete(c): return fill_weights(path, MTPForCausalLM(config), c)
-    backbone, tuning = backbone or load_backbone(c['backbone']), 'lora' if config.lora else 'full'
-    return fill_weights(path, build_policy(backbone, config.n_future_tokens, tuning, config.lora), c)
+    if _is_complete(c): return fill_weights(path, _new(MTPForCausalLM, config, parts), c, parts)
+    backbone, tuning = backbone or _backbone_of(c, parts), 'lora' if config.lora else 'full'
+    return fill_weights(path, build_policy(backbone, config.n_future_tokens, tuning, config.lora), c, parts)
 
 # %% ../nbs/models/08_checkpoint_files.ipynb #70c817f3
 @torch.no_grad()

@@ -260,14 +260,15 @@ def picture_of_pair(
 def load_critic(
     path, # A checkpoint of the pipeline `critic`, whatever its head
     tokenizer=None, # What its tokens have to be (None: not checked)
+    sharded=False, # Spread over all ranks. Collective, then: call it, and the critic, on all of them
 ): # A frozen model with `.credit(input_ids, attention_mask, mask) -> (r, V)`, both (B, T) float32
     "The critic of a checkpoint. Raises `UserError` for one that cannot be used."
     if not path:
         raise UserError("verifiable needs a critic: set experiment.critic_checkpoint, or a training.weighting that "
                         "needs none: uniform, oracle, focal or dft.")
-    model = load_critic_model(path)
+    model = load_critic_model(path, parts=sharded)
     if tokenizer is not None: check_vocabulary(path, tokenizer)
-    return freeze(model)
+    return freeze(model, sharded=sharded)
 
 # %% ../nbs/training/09_critic.ipynb #cfea0f46
 def run_critic(

@@ -20,6 +20,7 @@ from .first_error_model import FirstErrorConfig, FirstErrorModel
 from .logit_check import check_logits
 from .mtp_model import MTPForCausalLM, check_n_heads
 from .ratio_model import RatioConfig, RatioModel
+from .shard_loading import prepare_parts, stored_tensors
 from .value_model import ValueConfig, ValueModel
 
 # %% ../nbs/models/06_model_building.ipynb #16d00605
@@ -36,13 +37,15 @@ def load_backbone(
     source, # Folder or hub name
     dtype=torch.float32,
     key:str='model.backbone', # The config key it comes from
+    parts=False, # Without weights, which `sharding.shard` reads; whole where that cannot be
 )->PreTrainedModel:
     "A Hugging Face causal language model. Raises `UserError` where there is none."
     if source == 'micro':
         raise UserError(f"{key} = micro: its weights came from a seed and are kept nowhere, so what was trained on it "
                         "(model.tuning = lora or frozen) cannot be used again. Train with model.tuning=full.")
     folder = model_folder(source)
-    try: model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    where = dict(device_map='meta') if parts and stored_tensors(folder) else {}
+    try: model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
     except MemoryError: raise
     # A config.json that does not fit ends in a KeyError, a ZeroDivisionError or whatever a family's code meets first
     except Exception as e: raise UserError(f"{key} = {source}: cannot be loaded ({loading_problem(e)})") from None
@@ -50,7 +53,7 @@ def load_backbone(
         others = f' and {len(gone)-1} others' if gone[1:] else ''
         raise UserError(f"{key} = {source}: its files do not hold the tensor {gone[0]}{others}. "
                         "A half-finished download, or a config.json of another model?")
-    return model
+    return load_backbone(source, dtype, key) if where and not prepare_parts(model, folder) else model
 
 # %% ../nbs/models/06_model_building.ipynb #c40c4db5
 def check_tuning(

@@ -21,6 +21,7 @@ from .files import UserError
 from .losses import mtp_counts
 from .models import build_policy, read_checkpoint
 from .sampling import load_solutions
+from .sharding import shard
 from .weighting import by_source
 
 # %% ../nbs/training/10_policy_objective.ipynb #df8dde0a
@@ -156,13 +157,17 @@ def check_vocabulary(
 def freeze(
     model, # Any `nn.Module`
     dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
+    sharded=False, # Spread over all ranks; it may have no weights yet. Collective: call on all ranks, and the model, too
 ): # The same, without gradients, in evaluation mode, on the device that trains
     "A model that is only asked. A value head stays in float32, and so do buffers: rotary frequencies, a calibration."
-    cuda, head = torch.cuda.is_available(), getattr(model, 'head', None)
-    dtype = dtype or (torch.bfloat16 if cuda else torch.float32)
+    device, head = 'cuda' if torch.cuda.is_available() else 'cpu', getattr(model, 'head', None)
+    dtype = dtype or (torch.bfloat16 if device == 'cuda' else torch.float32)
     kept = {id(p) for p in head.parameters()} if head is not None else ()
-    for p in model.parameters(): p.data = p.data.to(torch.float32 if id(p) in kept else dtype)
-    return model.requires_grad_(False).eval().to('cuda' if cuda else 'cpu')
+    for p in model.parameters():
+        p.data = p.data.to('meta' if p.is_meta else device, torch.float32 if id(p) in kept else dtype)
+    model = model.requires_grad_(False).eval()
+    if sharded: shard(model)
+    return model if sharded else model.to(device)
 
 # %% ../nbs/training/10_policy_objective.ipynb #b1600507
 def batch_of_one(

@@ -17,22 +17,24 @@ from .models import build_policy, load_backbone, load_policy
 from .policy_objective import (PolicyObjective, batch_of_one, check_vocabulary, concat_padded, freeze,
                                            is_divided, known_weights, losses_ahead, problem_text, token_texts)
 from .pictures import choice_picture
+from .sharding import is_sharded
 from .weighting import select_tokens, selected_count
 
 # %% ../nbs/training/12_rho1.ipynb #b1600707
 def load_reference(
     path, # A checkpoint of `ref_tuning`, or a language model's folder
     tokenizer, # The policy's
+    sharded=False, # Spread over all ranks, as the policy is. Collective, then
 ): # A frozen policy of one head
     "The frozen reference of `rho1`. Raises `UserError` for one that cannot be used."
     if not path: raise UserError("rho1 needs a reference model: set experiment.reference_checkpoint.")
     if not Path(path).exists():
         raise UserError(f"experiment.reference_checkpoint = {path} not found. "
                         "Train one with the pipeline ref_tuning, or name a model's folder.")
-    is_checkpoint = Path(path).suffix == '.pt'
-    model = load_policy(path) if is_checkpoint else load_backbone(path, key='experiment.reference_checkpoint')
+    if Path(path).suffix == '.pt': model = load_policy(path, parts=sharded)
+    else: model = load_backbone(path, key='experiment.reference_checkpoint', parts=sharded)
     check_vocabulary(path, tokenizer)
-    return freeze(build_policy(model, 1))
+    return freeze(build_policy(model, 1), sharded=sharded)
 
 def reference_by_head(
     ce, # (B, T) next-token losses of the reference: at t for x_{t+1}
@@ -47,7 +49,7 @@ class Rho1Objective(PolicyObjective):
     number = 'score' # what `token_numbers` are
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
-        self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer)
+        self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer, is_sharded(config))
 
     def select(self, policy_ce, reference_ce, mask): # (B, T, n) 1 selected, 0 not
         t = self.config.training

@@ -6,7 +6,7 @@
 __all__ = ['PEAKS', 'KINDS', 'peak_flops', 'machine', 'device', 'synchronize', 'seconds_of', 'free_memory', 'memory_peak',
            'kind_of', 'profile', 'goal', 'status_of', 'Setting', 'one_line', 'run_apart']
 
-# %% ../nbs/training/26_measuring.ipynb #9252ce07
+# %% ../nbs/training/26_measuring.ipynb #92114b90
 import gc, os, platform, resource, statistics, subprocess, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-# %% ../nbs/training/26_measuring.ipynb #a47c0913
+# %% ../nbs/training/26_measuring.ipynb #0ce65bb6
 PEAKS = { # Part of a card's name -> dense bfloat16 operations a second, from NVIDIA's data sheets
     'A100': 312e12, 'A10': 125e12, 'A40': 150e12, 'L4': 121e12, 'L40S': 362e12,
     'H100': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H200': 989e12, 'GH200': 989e12, 'B200': 2250e12}
@@ -42,7 +42,7 @@ def machine()->dict: # card, memory_gb, peak_flops, driver, cuda: None on a CPU;
     return here | dict(card=card.name, memory_gb=card.total_memory/1e9, peak_flops=peak_flops(card.name),
                        driver=_driver())
 
-# %% ../nbs/training/26_measuring.ipynb #f7372045
+# %% ../nbs/training/26_measuring.ipynb #a1b7bc15
 def device()->str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def synchronize():
@@ -56,7 +56,7 @@ def seconds_of(
 )->float: # Median
     "How long a call takes, until the GPU is done."
     times = []
-    for i in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         synchronize()
         start = time.perf_counter()
         call()
@@ -71,7 +71,7 @@ def free_memory():
 
 @contextmanager
 def memory_peak(): # filled at the end: allocated, reserved, whole: bytes
-    """The most memory that torch needed inside. `whole`: what it had reserved and what the CUDA context takes beside it;
+    """The most memory that torch needed inside. `whole`: what it had reserved and what the CUDA context takes beside;
     on a CPU all three are the process's largest resident size so far."""
     found, cuda = SimpleNamespace(), torch.cuda
     free_memory()
@@ -85,7 +85,7 @@ def memory_peak(): # filled at the end: allocated, reserved, whole: bytes
     found.allocated, found.reserved = cuda.max_memory_allocated(), cuda.max_memory_reserved()
     found.whole = found.reserved + total - free - cuda.memory_reserved()
 
-# %% ../nbs/training/26_measuring.ipynb #22012a26
+# %% ../nbs/training/26_measuring.ipynb #8841a949
 KINDS = { # Kind of work -> parts of kernels' names (of operators, on a CPU)
     'attention': ('flash', 'fmha', 'attention', 'flex'),
     'matrix products': ('gemm', 'cutlass', 'nvjet', 'xmma', 'wgmma', 'cublas', 'gemv', '::mm', '::addmm', '::bmm',
@@ -112,7 +112,7 @@ def profile(): # filled at the end: kernels [(name, share of the time)], kinds {
     largest = sorted(times.items(), key=lambda x: -x[1])[:12]
     found.kernels, found.kinds, found.seconds = [(k[:90], t/total) for k, t in largest], by_kind, total/1e6
 
-# %% ../nbs/training/26_measuring.ipynb #ab099c06
+# %% ../nbs/training/26_measuring.ipynb #ce92c7ad
 def goal(
     what:str, # In words
     value, # A number; None: not known, and so not judged
@@ -131,7 +131,7 @@ def status_of(goals)->str: # passed | failed | measured (nothing was judged)
     judged = [g['passed'] for g in goals if g['passed'] is not None]
     return 'measured' if not judged else 'passed' if all(judged) else 'failed'
 
-# %% ../nbs/training/26_measuring.ipynb #12301466
+# %% ../nbs/training/26_measuring.ipynb #1c06c685
 @dataclass
 class Setting:
     "Where and how a part of the check works: plain data, as it goes to another process."
@@ -145,7 +145,7 @@ class Setting:
     def size(self, real, dry): # Whatever a number is in either case
         return dry if self.dry else real
 
-# %% ../nbs/training/26_measuring.ipynb #17a9c2ea
+# %% ../nbs/training/26_measuring.ipynb #93491392
 def one_line(
     e, # An exception
 )->str:

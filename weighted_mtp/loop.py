@@ -134,7 +134,7 @@ def make_trainer(
     model.config.use_cache = False
     sharded = world > 1 and config.distributed.fsdp.sharding_strategy == 'FULL_SHARD'
     if sharded: shard(model, torch.bfloat16 if bf16 else None)
-    if t.gradient_checkpointing: model.activation_checkpointing_enable()
+    if t.gradient_checkpointing: model.activation_checkpointing_enable(every_n_layers=t.recompute_every)
     wrapped = accelerator.prepare_model(model, device_placement=False, evaluation_mode=sharded) # autocast, else DDP
     optimizer, total = make_optimizer(model, t), total_steps(n, t, world)
     per_step = t.batch_size*t.gradient_accumulation_steps*world

@@ -123,6 +123,9 @@ class Training:
     min_lr_ratio: float = setting(0.005, '[0, 1]') # The cosine ends at this share of the learning rate
     max_grad_norm: float = setting(1.0, '(0, 1e9]') # Gradients are clipped to this norm
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time
+    recompute_every: int = setting(1, '[1, 1024]') # gradient_checkpointing: in every so manieth block (1: in all)
+    # auto: the launch chooses recomputation and micro-batch for the GPU's memory, where they are not given
+    fit: str = setting('manual', choices=('auto', 'manual'))
     seed: int = setting(42, '[0, 4294967295]') # Initial weights, shuffling, dropout
     # torch threads on a CPU (null: torch's choice); with a fixed number, runs repeat bit for bit
     cpu_threads: int|None = setting(None, '[1, 1024]')

@@ -1,4 +1,9 @@
 """The files that take longest start first, so that no core is left with one of them at the end."""
+import os
+
+# A step is traced in a process of its own, of ten seconds: only the tests of that ask for it
+os.environ.setdefault('WMTP_TRACE', '0')
+
 LONGEST = ('distributed', 'training', 'vessl', 'evaluation', 'resume', 'storage', 'remote', 'estimate', 'launch',
            'losses', 'sandbox', 'families')
 

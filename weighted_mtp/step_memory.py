@@ -204,7 +204,7 @@ def run_step(
     clip_grad_norm_(trained, t.max_grad_norm)
     optimizer.step()
 
-# %% ../nbs/training/20_step_memory.ipynb #01407ac9
+# %% ../nbs/training/20_step_memory.ipynb #68f59201
 def _sizes(config, ngpus, gpu): # what a step's bytes depend on besides the config
     shards = ngpus if config.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
     is_half = gpu and config.model.dtype == 'bfloat16'
@@ -223,6 +223,10 @@ def _to_fake(model, s): # inside `FakeTensorMode`; its forward pass under autoca
     model = model.to_empty(device='cpu')
     model.tie_weights()
     if s.half: model.forward = torch.autocast('cpu', torch.bfloat16)(model.forward)
+    return model
+
+def _uncounted(model, count): # `extra_bytes` has its weights
+    for x in (*model.parameters(), *model.buffers()): count.count(x, 'other model', 0)
     return model
 
 def _count_states(objective, count, trained, optimizer, share): # weights and moments, as from the second step on
@@ -248,7 +252,7 @@ def step_peaks(
     other, _ = frozen_model(config, s.dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, count = _to_fake(model, s), StorageCount(byte_masks=gpu)
-        if other is not None: other = other.to_empty(device='cpu')
+        if other is not None: other = _uncounted(other.to_empty(device='cpu'), count)
         objective = empty_objective(config, model, other)
         trained, optimizer = [p for p in model.parameters() if p.requires_grad], make_optimizer(model, config.training)
         kept = {p: 4/p.element_size() if p.requires_grad else 1. for p in model.parameters()} # in float32

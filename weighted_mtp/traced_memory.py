@@ -39,7 +39,7 @@ def memory_key(
             min(2, t['gradient_accumulation_steps']), {k: t.get(k) for k in _TRAINING}, vars(a), other and vars(other)]
     return hashlib.sha1(json.dumps([*what, *_versions()]).encode()).hexdigest()
 
-# %% ../nbs/launching/18_traced_memory.ipynb #4bcb9881
+# %% ../nbs/launching/18_traced_memory.ipynb #ea7dd78f
 TIMEOUT = 300 # Seconds for all settings of a question
 _asked = {} # file of an answer -> process in the background
 
@@ -90,9 +90,9 @@ def traced_memory(
     files = [cache_folder()/f'{k}.json' for k in keys]
     plain = OmegaConf.to_container(config, resolve=True)
     missing = [(plain, list(o), ngpus, gpu, str(f)) for o, f in zip(settings, files) if _answer(f) is None]
-    running = all(p.poll() is None for *_, f in missing if (p := _asked.get(f))) and all(f in _asked for *_, f in missing)
+    busy = any(p.poll() is None for p in _asked.values()) # one at a time, however fast a form is filled in
     if missing and wait: why = _wait(_start(missing), timeout)
     elif missing:
         why = 'it is being worked out'
-        if not running: _asked.update(dict.fromkeys((f for *_, f in missing), _start(missing)))
+        if not busy: _asked.update(dict.fromkeys((f for *_, f in missing), _start(missing)))
     return [_answer(f) for f in files], why

@@ -2,6 +2,8 @@
 import os
 
 os.environ['GIT_ALLOW_PROTOCOL'] = 'file' # a plan may ask the site's repository for a commit; no test asks a network
+# A step is traced in a process of its own, of ten seconds: only the tests of that ask for it
+os.environ.setdefault('WMTP_TRACE', '0')
 
 LONGEST = ('distributed', 'pod', 'training', 'vessl', 'evaluation', 'resume', 'storage', 'remote', 'estimate', 'launch',
            'losses', 'sandbox', 'families')

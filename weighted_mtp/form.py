@@ -150,7 +150,7 @@ def _estimate_html(plan): # next to the plan, since it is a guess
     def row(label, text):
         colour = '#cf222e' if label == 'warning' else '#555'
         return f'<div style="line-height:1.4;color:{colour}"><b>{escape(label)}</b> {escape(text)}</div>'
-    return ''.join(row(label, text) for label, text in estimate_rows(plan))
+    return ''.join(row(label, text) for label, text in estimate_rows(plan, wait=False))
 
 def _yaml_html(plan): # folded: it is long
     if not plan.run_yaml: return ''
@@ -190,7 +190,7 @@ class LaunchForm:
         critic, verifiable = self.fields['critic_checkpoint'], self.fields['pipeline'].value == 'verifiable'
         critic.layout.display = None if verifiable else 'none'
         if verifiable: critic.options = critic_checkpoints(self.fields['target'].value)
-        try: plan = make_plan(**self.request)
+        try: plan = make_plan(**self.request, wait=False)
         except UserError as e: self._show('', e, can_launch=False); return
         blockers = [] if self.fields['dry_run'].value else plan.blockers
         preview = plan._repr_html_() + _estimate_html(plan) + _yaml_html(plan)

@@ -129,7 +129,7 @@ def make_trainer(
         for block in model.blocks: block.compile()
     if sharded: shard(model, torch.bfloat16 if bf16 else None)
     if bf16: autocast_forward(model)
-    if t.gradient_checkpointing: model.activation_checkpointing_enable()
+    if t.gradient_checkpointing: model.activation_checkpointing_enable(every_n_layers=t.recompute_every)
     wrapped = accelerator.prepare_model(model, device_placement=False, evaluation_mode=sharded) # else DDP
     optimizer, total = make_optimizer(model, t), total_steps(n, t, world)
     per_step = t.batch_size*t.gradient_accumulation_steps*world

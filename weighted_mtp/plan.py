@@ -13,13 +13,17 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from .config import apply_overrides
 from .env_secrets import redact
 from .estimate import Estimate, estimate, measured_step
 from .files import UserError, project_root, read_json
+from .fitting import Fit, fit_overrides
 from .launch_site import load_site
 from .preflight import (leaked_secrets, local_blockers, local_warnings, other_pipeline, planned_ref,
                                     vessl_blockers, vessl_warnings)
-from .request import check_request, config_file, load_config_file, request_overrides, resolve_config
+from .request import (ACCUM_KEY, BATCH_KEY, check_request, config_file, load_config_file, override_key,
+                                  request_overrides, resolve_config)
+from .traced_memory import traced_memory
 from .vessl_run import vessl_run
 
 # %% ../nbs/launching/06_plan.ipynb #881d9e73
@@ -55,6 +59,7 @@ class Plan:
     env: dict # Of the VESSL run: values that are no secret, and names of those that are
     run_yaml: dict|None # The VESSL run as data
     resolved: dict # The config as the run sees it
+    fit: list|None = None # What `training.fit: auto` chose, and the runner-up, as texts
 
     @property
     def command_line(self)->str:
@@ -90,6 +95,7 @@ def summary_rows(
     else:
         factors = f'{plan.batch_size} × {plan.grad_accum} × {n} (batch size × accumulation × GPUs)'
         yield 'effective batch', f'{plan.effective_batch} = {factors}'
+    for label, text in zip(('fit', 'runner-up'), plan.fit or ()): yield label, text
     yield 'command', plan.command_line
     if code := _clone_text(plan.run_yaml): yield 'code', code
     for w in plan.warnings: yield 'warning', w
@@ -107,7 +113,17 @@ def _checked(fields): # -> request, config file, overrides, resolved config; rai
     if problems: raise UserError('\n'.join(redact(p) for p in dict.fromkeys(problems)))
     return r, file, overrides, config
 
-def _assemble(r, site, file, overrides, config):
+def _fitted(r, overrides, config, wait): # -> overrides, config, and what was chosen as texts
+    given = {override_key(o) for o in r['overrides']}
+    given |= {key for field, key in (('batch_size', BATCH_KEY), ('grad_accum', ACCUM_KEY)) if r[field]}
+    chosen, fit = fit_overrides(config, given, r['ngpus'], r['target'], wait)
+    if chosen: # instead of how `effective_batch` was divided
+        keys = {override_key(o) for o in chosen}
+        overrides = [o for o in overrides if override_key(o) not in keys] + chosen
+    texts = [str(x) for x in (fit, fit.second) if x] if isinstance(fit, Fit) else [fit] if fit else None
+    return overrides, apply_overrides(config, chosen), texts
+
+def _assemble(r, site, file, overrides, config, fit):
     command, t, vessl = training_command(r, file, overrides), config.training, r['target'] == 'vessl'
     effective = t.batch_size*t.gradient_accumulation_steps*r['ngpus']
     run_yaml = vessl_run(r, replace(site, git_ref=planned_ref(site)), command, effective) if vessl else None
@@ -120,7 +136,7 @@ def _assemble(r, site, file, overrides, config):
         warnings=list(vessl_warnings(r, config, site) if vessl else local_warnings(r, config)),
         blockers=list(vessl_blockers(file) if vessl else local_blockers(r, config)),
         env=run_yaml['env'] if vessl else {}, run_yaml=run_yaml,
-        resolved=OmegaConf.to_container(config, resolve=True))
+        resolved=OmegaConf.to_container(config, resolve=True), fit=fit)
 
 def make_plan(
     pipeline, # critic, verifiable, baseline, rho1, ntp, ref_tuning, evaluation
@@ -134,6 +150,7 @@ def make_plan(
     dry_run=False, # Only plan and record
     config=None, # Config file (default: the pipeline's own)
     name=None, # Name of the record
+    wait=True, # For `training.fit: auto` to trace a step; False: its formula, until a traced answer is known
 )->Plan:
     "What a request leads to. Changes nothing; raises one `UserError` that lists every problem of the request."
     fields = dict(pipeline=pipeline, ngpus=ngpus, batch_size=batch_size, grad_accum=grad_accum,
@@ -141,7 +158,8 @@ def make_plan(
                   target=target, dry_run=dry_run, config=config, name=name)
     site = load_site()
     r, file, overrides, config = _checked(fields)
-    return _assemble(r, site, file, overrides, config)
+    overrides, config, fit = _fitted(r, overrides, config, wait)
+    return _assemble(r, site, file, overrides, config, fit)
 
 # %% ../nbs/launching/06_plan.ipynb #c32ec89a
 def _data_splits(plan): # what its data set is known to contain, by split
@@ -157,12 +175,15 @@ def _training_items(plan): # pairs or solutions to train on, at most; None: unkn
 
 def estimate_plan(
     plan:Plan,
+    wait:bool=True, # For a step to be traced; False: the formula, until the answer is known
 )->Estimate|None: # None where the architecture is not known
     "Memory, time and cost of a plan."
     n, on_vessl = plan.request['ngpus'], plan.target == 'vessl'
     price = load_site().price_per_gpu_hour if on_vessl else None
     measured = measured_step(plan.resolved, n, plan.target)
-    return estimate(plan.resolved, n, on_vessl, price, measured, _training_items(plan))
+    trains = plan.resolved['pipeline'] != 'evaluation'
+    (step,), why = traced_memory(plan.resolved, n, wait=wait) if on_vessl and trains else ([None], None)
+    return estimate(plan.resolved, n, on_vessl, price, measured, _training_items(plan), step, why)
 
 def _data_rows(plan): # what is known of its data
     splits, data = _data_splits(plan), plan.resolved['dataset']
@@ -176,13 +197,14 @@ def _data_rows(plan): # what is known of its data
 
 def estimate_rows(
     plan:Plan,
+    wait:bool=True, # As for `estimate_plan`
 ):
     "Yield label and text: the data, what a plan will take, and warnings where that is too much."
     yield from _data_rows(plan)
     if plan.resolved['pipeline'] == 'evaluation':
         yield 'estimate', 'none for an evaluation: it takes what its answers take'
         return
-    e = estimate_plan(plan)
+    e = estimate_plan(plan, wait)
     if e is None:
         yield 'estimate', f"none: the architecture of {plan.resolved['model']['backbone']} is not known here"
         return

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'BATCH_KEY', 'ACCUM_KEY', 'CRITIC_KEY', 'complete_request', 'split_overrides', 'check_request',
-           'path_exists', 'config_file', 'load_config_file', 'request_overrides', 'resolve_config']
+           'path_exists', 'config_file', 'load_config_file', 'override_key', 'request_overrides', 'resolve_config']
 
 # %% ../nbs/launching/03_request.ipynb #2dbc8a5f
 import json, numbers, os, re
@@ -158,12 +158,12 @@ def load_config_file(
 BATCH_KEY, ACCUM_KEY = 'training.batch_size', 'training.gradient_accumulation_steps'
 CRITIC_KEY = 'experiment.critic_checkpoint'
 
-def _key(override): return str(override).split('=')[0].strip()
+def override_key(override): return str(override).split('=')[0].strip()
 
 def _split_effective_batch(r, config, problems): # -> batch_size, grad_accum
     e, n = r['effective_batch'], r['ngpus']
     factors = [k for k in ('batch_size', 'grad_accum') if r[k]]
-    factors += [o for o in r['overrides'] if _key(o) in (BATCH_KEY, ACCUM_KEY)]
+    factors += [o for o in r['overrides'] if override_key(o) in (BATCH_KEY, ACCUM_KEY)]
     if factors:
         problems.append(f"effective_batch = {e} is given together with {' and '.join(factors)}: "
                         "give either the product or its factors.")

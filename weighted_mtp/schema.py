@@ -127,6 +127,9 @@ class Training:
     packing: bool = False
     compile: bool = False # torch.compile for each block; the first steps take minutes
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time
+    recompute_every: int = setting(1, '[1, 1024]') # gradient_checkpointing: in every so manieth block (1: in all)
+    # auto: the launch chooses recomputation and micro-batch for the GPU's memory, where they are not given
+    fit: str = setting('manual', choices=('auto', 'manual'))
     seed: int = setting(42, '[0, 4294967295]') # Initial weights, shuffling, dropout
     # torch threads on a CPU (null: torch's choice); with a fixed number, runs repeat bit for bit
     cpu_threads: int|None = setting(None, '[1, 1024]')

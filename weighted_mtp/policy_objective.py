@@ -156,7 +156,7 @@ def check_vocabulary(
 
 def freeze(
     model, # Any `nn.Module`
-    sharded=False, # Spread over all ranks; it may have no weights yet. Collective: call on all ranks, and the model, too
+    sharded=False, # Spread over all ranks; it may have no weights yet. Collective, and every call of the model, too
 ): # The same, without gradients, in evaluation mode, on the device that trains: bfloat16 on a GPU, else float32
     "A model that is only asked."
     device, dtype = ('cuda', torch.bfloat16) if torch.cuda.is_available() else ('cpu', torch.float32)

@@ -38,7 +38,9 @@ def test_steps_are_measured_beside_the_plan(dry, part):
     f = dry[0]['parts'][part]['figures']
     assert f['tokens_per_second'] > 0 and f['step_seconds'] > 0 and 0 <= f['padding_share'] < 1
     assert min(f['model_flops_of_a_step'].values()) > 0 and f['hardware_tflops'] > f['model_tflops'] > 0
-    assert f['memory']['measured_gb'] > 0 and sum(f['memory']['predicted_parts'].values()) > 0
+    room = f['memory']
+    assert room['measured_gb'] > 0 and room['formula_gb'] > 0 and 'traced' in room['basis'], room['basis']
+    assert abs(sum(room['predicted_parts'].values()) - room['predicted_gb']) < 1e-6 < room['predicted_gb']
     assert abs(sum(f['kinds'].values()) - 1) < 1e-6 and f['kinds']['attention'] > 0
     assert dry[0]['achieved_flops']['CPU'][part] > 0
 

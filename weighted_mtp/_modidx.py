@@ -1222,6 +1222,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed.model_flops': ( 'training/gpu_speed.html#model_flops',
                                                                                 'weighted_mtp/gpu_speed.py'),
+                                        'weighted_mtp.gpu_speed.planned_memory': ( 'training/gpu_speed.html#planned_memory',
+                                                                                   'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed.planned_settings': ( 'training/gpu_speed.html#planned_settings',
                                                                                      'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed.policy': ('training/gpu_speed.html#policy', 'weighted_mtp/gpu_speed.py'),

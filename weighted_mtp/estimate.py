@@ -240,7 +240,7 @@ PEAK_SPEED, PEAK_SHARE = 312e12, 0.4 # A100 in bfloat16, operations a second; sh
 THREAD_SPEED = 50e9 # Operations a second of a CPU thread in float32
 LENGTH_SHARE = 0.5 # Mean length relative to dataset.max_length
 
-CHECKS = 'storage/gpu-check.json', 'nbs/studies/gpu-check.json' # The project's own, else the committed one
+CHECKS = 'storage/gpu-check/gpu-check.json', 'nbs/studies/gpu-check.json' # The project's own, else the committed one
 
 def achieved_speed(
     kind:str, # policy | critic

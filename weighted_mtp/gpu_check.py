@@ -33,8 +33,8 @@ PARTS = (
     Part('machine', 'The machine', 'weighted_mtp.gpu_speed:machine_speed', 10, 120),
     Part('micro_cpu', 'All pipelines in float32, on the CPU', 'weighted_mtp.gpu_micro:micro_cpu', 30, 150),
     Part('micro_gpu', 'All pipelines in float32, on the GPU', 'weighted_mtp.gpu_micro:micro_gpu', 30, 200),
-    Part('policy', '7B policy, LoRA: steps', 'weighted_mtp.gpu_speed:policy', 90, 240),
-    Part('critic', '2.7B ratio critic, LoRA: steps', 'weighted_mtp.gpu_speed:critic', 60, 180),
+    Part('policy', '7B policy, LoRA: steps', 'weighted_mtp.gpu_speed:policy', 90, 300),
+    Part('critic', '2.7B ratio critic, LoRA: steps', 'weighted_mtp.gpu_speed:critic', 60, 240),
     Part('loss', 'Multi-token loss', 'weighted_mtp.gpu_speed:loss', 20, 90),
     Part('resume_first', 'A run in one go, and its first half', 'weighted_mtp.gpu_micro:resume_first', 30, 120),
     Part('resume', 'Its second half, resumed', 'weighted_mtp.gpu_micro:resume', 20, 90),
@@ -219,7 +219,7 @@ def _parser():
     p = argparse.ArgumentParser(prog='python -m weighted_mtp.gpu_check', description='Check the production path on a '
                                 'GPU: numbers, speed, memory.')
     p.add_argument('--dry', action='store_true', help='all of it small, on a CPU; no speed is judged')
-    p.add_argument('--out', default=None, help='folder for the results (default: storage/gpu-check)')
+    p.add_argument('--out', default=None, help='folder for the results (default: storage/gpu-check; dry: …-dry)')
     p.add_argument('--only', default='', metavar='A,B', help=f"only these parts: {', '.join(p.name for p in PARTS)}")
     p.add_argument('--minutes', type=float, default=10., help='for all parts (default: 10)')
     return p
@@ -235,7 +235,7 @@ def main(
         elif not torch.cuda.is_available():
             raise UserError("torch sees no GPU here. On a CPU: make gpu-check DRY=1, or --dry.")
         os.environ.setdefault('HF_HUB_OFFLINE', '1') # nothing is to be fetched
-        out = Path(a.out or project_root()/'storage/gpu-check')
+        out = Path(a.out or project_root()/f"storage/gpu-check{'-dry' if a.dry else ''}")
         report = run_parts(parts, out, a.dry, 60*a.minutes)
     except UserError as e:
         print(f'Error: {e}', file=sys.stderr)

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'PROGRAM', 'machine_speed', 'products_alone', 'loss_case', 'loss', 'model_flops', 'recomputed_flops',
-           'StepClock', 'speed_figures', 'planned_settings', 'timed_steps', 'production_steps', 'policy', 'critic',
-           'decode_ways', 'decoding', 'sandbox']
+           'StepClock', 'planned_memory', 'speed_figures', 'planned_settings', 'timed_steps', 'production_steps',
+           'policy', 'critic', 'decode_ways', 'decoding', 'sandbox']
 
 # %% ../nbs/training/29_gpu_speed.ipynb #07300f5d
 import time
-from importlib.util import find_spec
-from pkgutil import resolve_name
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from .config import load_config
 from .data import format_prompt
 from .estimate import estimate, flops_per_token
 from .files import MICRO_BASE, project_root
+from .fitting import fit_overrides
 from .generation import generate
 from .loop import make_trainer, train
 from .losses import mtp_counts, mtp_cross_entropy
@@ -31,6 +30,7 @@ from .model_sizes import architecture, as_attributes, count_parameters, matrix_p
 from .models import load_backbone
 from .random_models import SHAPES, backbone_config, random_model, tokenizer_of_all, true_objective
 from .sandbox import close_workers, protections, run_program
+from .traced_memory import traced_memory
 
 # %% ../nbs/training/29_gpu_speed.ipynb #9268d692
 def machine_speed(setting:Setting)->dict:
@@ -144,11 +144,17 @@ class StepClock:
         return SimpleNamespace(seconds=self.ends[n-2] - self.ends[0], lengths=lengths, steps=n-2,
                                positions=self.positions[n-2] - self.positions[0])
 
-def _memory(config, measured): # figures, and a goal
-    plan = estimate(OmegaConf.to_container(config, resolve=True), 1, gpu=device() == 'cuda')
-    gb = {k: v/1e9 for k, v in plan.memory.items()}
-    return dict(measured_gb=measured.whole/1e9, allocated_gb=measured.allocated/1e9, predicted_gb=plan.memory_gb,
-                predicted_parts=gb, apart=measured.whole/1e9/plan.memory_gb - 1)
+def planned_memory(config)->dict: # predicted_gb, predicted_parts, formula_gb, basis
+    "What the plan says of a config on this device: by a traced step, as for a launch, and by the formula beside it."
+    plain, gpu = OmegaConf.to_container(config, resolve=True), device() == 'cuda'
+    (step,), why = traced_memory(config, 1, gpu, wait=True)
+    plan, formula = estimate(plain, 1, gpu, step=step, why=why), estimate(plain, 1, gpu)
+    return dict(predicted_gb=plan.memory_gb, predicted_parts={k: v/1e9 for k, v in plan.memory.items()},
+                formula_gb=formula.memory_gb, basis=plan.memory_basis)
+
+def _memory(plan, measured): # with what was measured
+    return dict(plan, measured_gb=measured.whole/1e9, allocated_gb=measured.allocated/1e9,
+                apart=measured.whole/1e9/plan['predicted_gb'] - 1)
 
 def _settings(config, model): # that speed and memory depend on
     keys = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'recompute_every', 'packing',
@@ -162,7 +168,7 @@ def speed_figures(config, counted, peak)->dict: # peak: operations a second, or 
     c, tokens = as_attributes(OmegaConf.to_container(config, resolve=True)), sum(counted.lengths)
     terms, mean = model_flops(c, counted.lengths), tokens/len(counted.lengths)
     model = sum(terms.values())/counted.seconds
-    again = c.training.gradient_checkpointing/getattr(c.training, 'recompute_every', 1) # share of the blocks
+    again = c.training.gradient_checkpointing/c.training.recompute_every # share of the blocks
     hardware = model + again*recomputed_flops(terms)/counted.seconds
     planned = flops_per_token(c, architecture(c.model), 1, mean)*tokens/counted.seconds
     return dict(
@@ -174,8 +180,6 @@ def speed_figures(config, counted, peak)->dict: # peak: operations a second, or 
 
 def planned_settings(file)->list[str]: # `key=value`
     "What the plan chooses for this machine where the config says `training.fit: auto`."
-    if device() == 'cpu' or find_spec('weighted_mtp.fitting') is None: return []
-    fit_overrides = resolve_name('weighted_mtp.fitting:fit_overrides')
     return fit_overrides(load_config(project_root()/'configs'/file), (), 1, 'local')[0]
 
 def timed_steps(
@@ -185,12 +189,13 @@ def timed_steps(
     "Train some steps of a production config."
     steps = setting.size(6, 3)
     config, objective = true_objective(setting, file, name, steps, *overrides)
+    plan = planned_memory(config)
     with memory_peak() as memory:
         trainer = make_trainer(objective, config)
         clock = StepClock(trainer, setting.until - setting.size(60, 0))
         with clock.stack: train(trainer, progress=False)
     speed = speed_figures(config, clock.counted(), machine()['peak_flops'])
-    room, where = _memory(config, memory), clock.profile
+    room, where = _memory(plan, memory), clock.profile
     judged = not setting.dry
     goals = [goal('model FLOP utilisation (MFU)', speed['mfu'], 'at least', .45, judged=judged),
              goal('memory, off from the plan', abs(room['apart']), 'at most', .15, judged=judged)]

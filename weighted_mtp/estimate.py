@@ -33,7 +33,8 @@ def memory_sizes(
 )->SimpleNamespace:
     """What memory depends on. `c` config, `a` architecture (its sizes D, q, kv, ffn: `model_sizes`), `p` parameters;
     `tokens` of a micro-batch, once for each model that reads them; bytes of a frozen number `stored` (a trained one has
-    4) and of one in a product, `width`; `shards`, `copies`; `keeps_logits`: a loss or an evaluation that needs all logits."""
+    4) and of one in a product, `width`; `shards`, `copies`; `keeps_logits`: a loss or an evaluation that needs the
+    logits of all tokens."""
     is_half = gpu and c.model.dtype != 'float32'
     shards = ngpus if c.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
     is_critic = c.pipeline == 'critic'
@@ -343,5 +344,6 @@ def estimate(
     trainings = 2 if c.pipeline == 'critic' and c.critic.blind_yardstick else 1
     hours = seconds*steps/3600*trainings
     return Estimate(ngpus, gpu, p.total, p.trainable, memory, steps, seconds, hours,
-                    cost=hours*ngpus*price if gpu and price is not None else None, memory_basis=_memory_basis(c, a, gpu, step, why),
-                    time_basis=basis, warnings=_memory_warnings(c, sum(memory.values())/1e9) if gpu else [])
+                    cost=hours*ngpus*price if gpu and price is not None else None,
+                    memory_basis=_memory_basis(c, a, gpu, step, why), time_basis=basis,
+                    warnings=_memory_warnings(c, sum(memory.values())/1e9) if gpu else [])

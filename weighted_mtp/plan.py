@@ -95,7 +95,7 @@ def summary_rows(
     else:
         factors = f'{plan.batch_size} × {plan.grad_accum} × {n} (batch size × accumulation × GPUs)'
         yield 'effective batch', f'{plan.effective_batch} = {factors}'
-    for label, text in zip(('fit', 'runner-up'), plan.fit or ()): yield label, text
+    yield from zip(('fit', 'runner-up'), plan.fit or ())
     yield 'command', plan.command_line
     if code := _clone_text(plan.run_yaml): yield 'code', code
     for w in plan.warnings: yield 'warning', w

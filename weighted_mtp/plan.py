@@ -175,7 +175,7 @@ def _training_items(plan): # pairs or solutions to train on, at most; None: unkn
 
 def estimate_plan(
     plan:Plan,
-    wait:bool=True, # For a step to be traced; False: the formula, until the answer is known
+    wait:bool|None=True, # For a step to be traced; False: the formula until that is done, in the background; None: not asked
 )->Estimate|None: # None where the architecture is not known
     "Memory, time and cost of a plan."
     n, on_vessl = plan.request['ngpus'], plan.target == 'vessl'
@@ -197,7 +197,7 @@ def _data_rows(plan): # what is known of its data
 
 def estimate_rows(
     plan:Plan,
-    wait:bool=True, # As for `estimate_plan`
+    wait:bool|None=True, # As for `estimate_plan`
 ):
     "Yield label and text: the data, what a plan will take, and warnings where that is too much."
     yield from _data_rows(plan)

@@ -89,7 +89,7 @@ def traced_memory(
     ngpus:int=1,
     gpu:bool=True, # False: processes on a CPU
     settings=((),), # Lists of overrides: one question each
-    wait:bool=True, # False: what is not known yet is asked in the background
+    wait:bool|None=True, # False: what is not known yet is asked in the background; None: it is not asked
     timeout:int=TIMEOUT,
 )->tuple: # (kind -> bytes of a rank, or None, for each setting; why one is None)
     "Peak memory of a step, by running the real model without numbers."
@@ -101,7 +101,8 @@ def traced_memory(
     plain = OmegaConf.to_container(config, resolve=True)
     missing = [(plain, list(o), ngpus, gpu, str(f)) for o, f in zip(settings, files) if _answer(f) is None]
     busy = any(p.poll() is None for p in _asked.values()) # one at a time, however fast a form is filled in
-    if missing and wait: why = _wait(_start(missing), timeout)
+    if missing and wait is None: why = '`Plan.estimate()` traces one'
+    elif missing and wait: why = _wait(_start(missing), timeout)
     elif missing:
         why = 'it is being worked out'
         if not busy: _asked.update(dict.fromkeys((f for *_, f in missing), _start(missing)))

@@ -96,7 +96,7 @@ def _working_bytes_of_block(s):
 
 def _working_bytes_of_loss(s):
     a, critic = s.a, s.c.critic
-    if s.is_ratio and s.keeps_logits: return logit_bytes(s, 2) # kept of both models, two more of one at a time
+    if s.is_ratio and s.keeps_logits: return logit_bytes(s, 3)
     features = min(logit_bytes(s, 4), 2**27) # of first_error: made of a few logits at a time
     if s.keeps_logits and critic.head == 'first_error' and not critic.lm_weight: return features
     if s.keeps_logits: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)

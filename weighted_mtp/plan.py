@@ -175,7 +175,7 @@ def _training_items(plan): # pairs or solutions to train on, at most; None: unkn
 
 def estimate_plan(
     plan:Plan,
-    wait:bool|None=True, # For a step to be traced; False: the formula until that is done, in the background; None: not asked
+    wait:bool|None=True, # For a step to be traced; False: it is traced in the background; None: not at all
 )->Estimate|None: # None where the architecture is not known
     "Memory, time and cost of a plan."
     n, on_vessl = plan.request['ngpus'], plan.target == 'vessl'

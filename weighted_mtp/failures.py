@@ -63,8 +63,9 @@ def where()->str:
     "Rank and step, as far as there are any."
     trainer, several = _now['trainer'](), int(os.environ.get('WORLD_SIZE', 1)) > 1
     at = [f"rank {os.environ['RANK']}"] if several else []
-    if trainer is not None and trainer.step < trainer.max_steps: at.append(f'step {trainer.step+1} of {trainer.max_steps}')
-    elif trainer is not None: at.append(f'after step {trainer.step}, the last')
+    if trainer is None: return ', '.join(at)
+    now, last = trainer.step + 1, trainer.max_steps
+    at.append(f'step {now} of {last}' if now <= last else f'after step {last}, the last')
     return ', '.join(at)
 
 # %% ../nbs/training/24_failures.ipynb #f18a0012
@@ -128,12 +129,14 @@ _TRIED = 'WMTP_TRIED_AGAIN' # set in a process that is the second try
 def _free_port():
     with socket.socket() as s: s.bind(('', 0)); return s.getsockname()[1]
 
+def _fits_itself(config): return getattr(config.training, 'fit', 'manual') == 'auto'
+
 def next_try(
     config, # A loaded config
 )->list[str]: # Overrides; none where there is no next try
     "What to try after memory was full; noted for the other ranks."
-    fits = getattr(config.training, 'fit', 'manual') == 'auto' and in_first_step() and _TRIED not in os.environ
-    words, job = smaller_choice(config) if fits else [], job_folder()
+    due = _fits_itself(config) and in_first_step() and _TRIED not in os.environ
+    words, job = smaller_choice(config) if due else [], job_folder()
     if words and job: _claim(job/'again.json', json.dumps(dict(words=words, port=_free_port())))
     return words
 
@@ -148,7 +151,9 @@ def start_again(
 ):
     "Replace this process by its own command with more overrides. Does not return."
     noted, env = noted_try(), {_TRIED: '1'}
-    if noted: words, env = noted['words'], env | dict(MASTER_PORT=str(noted['port']), TORCHELASTIC_USE_AGENT_STORE='False')
+    if noted:
+        words = noted['words']
+        env |= dict(MASTER_PORT=str(noted['port']), TORCHELASTIC_USE_AGENT_STORE='False')
     more = [w for o in words for w in ('--override', o)]
     with suppress(OSError):
         for fd in map(int, os.listdir('/proc/self/fd')):
@@ -166,11 +171,12 @@ def closed_on_failure(call):
     try: yield
     finally: _closers.remove(call)
 
+_GONE = psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD
+
 def _state(process): # of another rank
-    try:
-        status = process.status() if process.is_running() else psutil.STATUS_ZOMBIE
-        return {psutil.STATUS_ZOMBIE: 'gone', psutil.STATUS_DEAD: 'gone', psutil.STATUS_STOPPED: 'stopped'}.get(status, 'there')
+    try: status = process.status() if process.is_running() else psutil.STATUS_DEAD
     except psutil.Error: return 'gone'
+    return 'gone' if status in _GONE else 'stopped' if status == psutil.STATUS_STOPPED else 'there'
 
 class Ranks:
     "The other ranks of this job."
@@ -205,13 +211,13 @@ def lost_rank_text(state, rank)->str:
     at = f' ({where()} noticed)'
     if state == 'stopped':
         return f'The process of rank {rank} has been stopped by a signal (SIGSTOP){at}: the run cannot go on. {_RESUME}'
-    return (f'The process of rank {rank} ended without a word{at}. Killed by signal 9, it is mostly for want of the '
-            'machine\'s memory (not the GPU\'s): ask for more of it, or fewer GPUs. Ended by NCCL\'s watchdog, whose lines '
-            f'stand above, a rank waited longer than distributed.timeout. {_RESUME}')
+    return (f"The process of rank {rank} ended without a word{at}. Killed by signal 9, it is mostly for want of the "
+            "machine's memory (not the GPU's): ask for more of it, or fewer GPUs. Ended by NCCL's watchdog, whose "
+            f"lines stand above, a rank waited longer than distributed.timeout. {_RESUME}")
 
 def say(text, own=True):
     "Print why this run fails, if no other rank has."
-    if first_to_say(str(text), own): print(f'Error: {text}', file=sys.stderr, flush=True)
+    if first_to_say(str(text), own): print(f'\nError: {text}', file=sys.stderr, flush=True) # below the progress bar
 
 def leave_now(code:int):
     "End this process at once: with processes that wait for each other, Python's own end may hang or abort."
@@ -250,6 +256,7 @@ def end_on_sigterm(ranks:Ranks):
     already, and still close what is open. For the main thread; elsewhere nothing changes."""
     def act(*_):
         if ranks.look(): return
+        ranks.leave() # asked to
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, act)

@@ -308,9 +308,8 @@ def _watched()->Ranks|None: # from here on, where there are other ranks
     return ranks
 
 def _ended(ranks, code=0): # in order
-    if not ranks: return
-    ranks.leave()
-    leave_now(code)
+    if ranks: ranks.leave()
+    if dist.is_initialized(): leave_now(code)
 
 def pipeline_main(
     pipeline:str, # Its name

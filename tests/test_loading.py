@@ -20,11 +20,11 @@ from weighted_mtp.models import build_policy, build_ratio_model, build_value_mod
 from weighted_mtp.synthetic import make_dataset, make_micro_model
 make_dataset('storage/datasets/synthetic', n_problems=60, n_held_out=30)
 tok = AutoTokenizer.from_pretrained('storage/datasets/synthetic/tokenizer')
-micro = make_micro_model(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256, seed=3)
-micro.save_pretrained('backbone', max_shard_size='30KB')
-tok.save_pretrained('backbone')
 vocabulary, lora = vocabulary_id(tok), dict(r=2, alpha=4, dropout=0., target_modules=['q_proj', 'down_proj'])
-def again(seed=3): return make_micro_model(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256, seed=seed)
+sizes = dict(tokenizer=tok, hidden_size=32, n_layers=2, n_heads=2, max_length=256)
+def again(seed=3): return make_micro_model(seed=seed, **sizes)
+again().save_pretrained('backbone', max_shard_size='30KB')
+tok.save_pretrained('backbone')
 def some(model): # not the start values
     torch.manual_seed(7)
     for p in model.parameters():
@@ -68,16 +68,20 @@ model = build_policy(load_backbone('large', parts=is_sharded(c)), 1)
 if is_sharded(c): shard(model)
 size = sum(p.numel()*4 for p in model.parameters())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 - before
-print(f'rank {os.environ.get("RANK", 0)}: {peak/1e6:.0f} MB more at the peak, for a model of {size/1e6:.0f} MB', flush=True)
-with open(f'{out}-memory-{os.environ.get("RANK", 0)}', 'w') as f: json.dump([peak, size], f)
+rank = os.environ.get('RANK', 0)
+print(f'rank {rank}: {peak/1e6:.0f} MB more at the peak, for a model of {size/1e6:.0f} MB', flush=True)
+with open(f'{out}-memory-{rank}', 'w') as f: json.dump([peak, size], f)
 del model
 
-def full(model): return {n: full_tensor(p.detach()).clone() for n, p in [*model.named_parameters(), *model.named_buffers()]}
+def full(model):
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: full_tensor(p.detach()).clone() for n, p in named}
 found = {}
 LORA = ['model.tuning=lora', 'model.lora.dropout=0']
+VALUE = ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1', *LORA]
 for name, pipeline, more in [('lora', 'baseline', LORA), ('frozen', 'baseline', ['model.tuning=frozen']),
                              ('full', 'baseline', []), ('ratio', 'critic', []), ('ratio-lora', 'critic', LORA),
-                             ('value', 'critic', ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1', *LORA])]:
+                             ('value', 'critic', VALUE)]:
     c = config(pipeline, 'model.backbone=backbone', *more)
     prepare(c)
     objective = (CriticObjective if pipeline == 'critic' else OBJECTIVES[pipeline])(c, *load_parts(c))
@@ -132,7 +136,8 @@ def loaded(tmp_path_factory): # by one process, then by two
 
 def test_a_rank_holds_its_part_alone(loaded):
     """Of a model of 400 MB in ten files. One process takes all of it; of two, each half and a file at a time."""
-    (alone, size), *ranks = (json.loads((loaded/f'{n}').read_text()) for n in ('one-memory-0', 'two-memory-0', 'two-memory-1'))
+    names = 'one-memory-0', 'two-memory-0', 'two-memory-1'
+    (alone, size), *ranks = (json.loads((loaded/n).read_text()) for n in names)
     assert alone > .95*size and size > 390e6
     for peak, _ in ranks: assert peak < .72*size, (peak/1e6, size/1e6)
 
@@ -142,8 +147,9 @@ def test_one_and_two_processes_start_from_the_same_numbers(loaded, name):
     assert one.keys() == two.keys()
     for k, x in one.items(): assert torch.equal(two[k], x), k
 
-@pytest.mark.parametrize('name', ['critic-value', 'critic-ratio', 'critic-lora', 'reference-full.pt', 'reference-lora.pt',
-                                  'backbone'])
+FROZEN = ['critic-value', 'critic-ratio', 'critic-lora', 'reference-full.pt', 'reference-lora.pt', 'backbone']
+
+@pytest.mark.parametrize('name', FROZEN)
 def test_frozen_models_say_the_same_when_they_are_sharded(loaded, name):
     one, two = (torch.load(loaded/f'{n}.pt', weights_only=True)[name] for n in ('one', 'two'))
     for k, x in one.items():

@@ -2844,6 +2844,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                             'weighted_mtp/targets.py')},
             'weighted_mtp.traced_memory': { 'weighted_mtp.traced_memory._answer': ( 'launching/traced_memory.html#_answer',
                                                                                     'weighted_mtp/traced_memory.py'),
+                                            'weighted_mtp.traced_memory._sources': ( 'launching/traced_memory.html#_sources',
+                                                                                     'weighted_mtp/traced_memory.py'),
                                             'weighted_mtp.traced_memory._start': ( 'launching/traced_memory.html#_start',
                                                                                    'weighted_mtp/traced_memory.py'),
                                             'weighted_mtp.traced_memory._versions': ( 'launching/traced_memory.html#_versions',

@@ -80,7 +80,8 @@ def add_lora(
     config = LoraConfig(r=lora['r'], lora_alpha=lora['alpha'], lora_dropout=lora['dropout'], task_type='CAUSAL_LM',
                         target_modules=targets if isinstance(targets, str) else list(targets))
     try:
-        with stand_ins(backbone), warnings.catch_warnings(): # peft warns of merging tied layers: `export_backbone` unties them
+        with stand_ins(backbone), warnings.catch_warnings():
+            # peft warns of merging tied layers: `export_backbone` unties them
             warnings.filterwarnings('ignore', message='Model has `tie_word_embeddings=True`')
             warnings.filterwarnings('ignore', message='Already found a `peft_config`') # a second adapter is meant
             inject_adapter_in_model(config, backbone, name)

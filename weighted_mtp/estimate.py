@@ -33,7 +33,8 @@ def memory_sizes(
 )->SimpleNamespace:
     """What memory depends on. `c` config, `a` architecture (its sizes D, q, kv, ffn: `model_sizes`), `p` parameters;
     `tokens` of a micro-batch, once for each model that reads them; bytes of a frozen number `stored` (a trained one has
-    4) and of one in a product, `width`; `shards`, `copies`; `keeps_logits`: a loss or an evaluation that needs all logits."""
+    4) and of one in a product, `width`; `shards`, `copies`; `keeps_logits`: a loss or an evaluation that needs the
+    logits of all tokens."""
     is_half = gpu and c.model.dtype != 'float32'
     shards = ngpus if c.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
     is_critic = c.pipeline == 'critic'
@@ -95,7 +96,7 @@ def _working_bytes_of_block(s):
 
 def _working_bytes_of_loss(s):
     a, critic = s.a, s.c.critic
-    if s.is_ratio and s.keeps_logits: return logit_bytes(s, 2) # kept of both models, two more of one at a time
+    if s.is_ratio and s.keeps_logits: return logit_bytes(s, 3)
     features = min(logit_bytes(s, 4), 2**27) # of first_error: made of a few logits at a time
     if s.keeps_logits and critic.head == 'first_error' and not critic.lm_weight: return features
     if s.keeps_logits: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)
@@ -343,5 +344,6 @@ def estimate(
     trainings = 2 if c.pipeline == 'critic' and c.critic.blind_yardstick else 1
     hours = seconds*steps/3600*trainings
     return Estimate(ngpus, gpu, p.total, p.trainable, memory, steps, seconds, hours,
-                    cost=hours*ngpus*price if gpu and price is not None else None, memory_basis=_memory_basis(c, a, gpu, step, why),
-                    time_basis=basis, warnings=_memory_warnings(c, sum(memory.values())/1e9) if gpu else [])
+                    cost=hours*ngpus*price if gpu and price is not None else None,
+                    memory_basis=_memory_basis(c, a, gpu, step, why), time_basis=basis,
+                    warnings=_memory_warnings(c, sum(memory.values())/1e9) if gpu else [])

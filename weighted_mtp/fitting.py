@@ -19,13 +19,14 @@ from .files import UserError
 from .model_sizes import architecture, as_attributes, count_parameters
 from .traced_memory import traced_memory
 
-# %% ../nbs/launching/19_fitting.ipynb #cda4a942
+# %% ../nbs/launching/19_fitting.ipynb #ff66ccba
 SHARE = 0.92 # Of a GPU's memory that a prediction may fill
 # Assumed: seconds that a micro-batch costs besides its operations; bytes a second that a rank gathers weights at
 START, GATHER_SPEED = 0.02, 150e9
 BATCH, ACCUM = 'training.batch_size', 'training.gradient_accumulation_steps'
 CHECKPOINTING, EVERY = 'training.gradient_checkpointing', 'training.recompute_every'
-LEVELS = {'no block': ('false', 1), 'every second block': ('true', 2), 'every block': ('true', 1)} # recomputed: settings
+# What is recomputed -> values of the two settings above
+LEVELS = {'no block': ('false', 1), 'every second block': ('true', 2), 'every block': ('true', 1)}
 
 @dataclass(frozen=True)
 class Choice:
@@ -55,7 +56,7 @@ def level_of(
     if not t.gradient_checkpointing: return 'no block'
     return {1: 'every block', 2: 'every second block'}.get(t.recompute_every, f'every {t.recompute_every}th block')
 
-# %% ../nbs/launching/19_fitting.ipynb #bfa81ac2
+# %% ../nbs/launching/19_fitting.ipynb #8d8b9531
 def _divisors(n): return [b for b in range(1, n+1) if n % b == 0]
 
 def _line(b, low, high): # between (b, bytes) of two sizes
@@ -83,7 +84,8 @@ def step_seconds(
     "Of a step: its operations, and what each micro-batch costs besides."
     c = as_attributes(config)
     a = architecture(c.model)
-    return extrapolated_step(c, a, ngpus, True)[0] + c.training.gradient_accumulation_steps*_micro_batch_seconds(c, a, ngpus)
+    besides = c.training.gradient_accumulation_steps*_micro_batch_seconds(c, a, ngpus)
+    return extrapolated_step(c, a, ngpus, True)[0] + besides
 
 def all_choices(
     config, # A loaded config
@@ -137,7 +139,7 @@ def choose(
     if not fitting: raise _too_large(config, choices, limit, ngpus)
     return Fit(fitting[0], fitting[1] if fitting[1:] else None, limit, why)
 
-# %% ../nbs/launching/19_fitting.ipynb #30daa33d
+# %% ../nbs/launching/19_fitting.ipynb #200f57e4
 @lru_cache(1)
 def local_memory()->float|None: # Bytes of this machine's first CUDA device; None: there is none
     "What `nvidia-smi` says."
@@ -165,4 +167,5 @@ def fit_overrides(
     fit = choose(config, ngpus, limit, (fixed,) if fixed else tuple(LEVELS), wait)
     best = settings_of(fit.best.recomputed, fit.best.batch_size, fit.best.grad_accum)
     changed = apply_overrides(config, best)
-    return [o for o in best if (k := o.split('=')[0]) and OmegaConf.select(config, k) != OmegaConf.select(changed, k)], fit
+    def differs(o): return OmegaConf.select(config, o.split('=')[0]) != OmegaConf.select(changed, o.split('=')[0])
+    return [o for o in best if differs(o)], fit

@@ -39,7 +39,7 @@ def new_run(
 
 def _show(plan, run, dry_run):
     print(plan)
-    for label, text in estimate_rows(plan): print(f'{label:16} {text}')
+    for label, text in estimate_rows(plan, wait=None): print(f'{label:16} {text}')
     print(f"{'record':16} {short_path(run.folder)}{' (dry run: nothing is started)' if dry_run else ''}", flush=True)
 
 def launch(

@@ -95,7 +95,7 @@ def summary_rows(
     else:
         factors = f'{plan.batch_size} × {plan.grad_accum} × {n} (batch size × accumulation × GPUs)'
         yield 'effective batch', f'{plan.effective_batch} = {factors}'
-    for label, text in zip(('fit', 'runner-up'), plan.fit or ()): yield label, text
+    yield from zip(('fit', 'runner-up'), plan.fit or ())
     yield 'command', plan.command_line
     if code := _clone_text(plan.run_yaml): yield 'code', code
     for w in plan.warnings: yield 'warning', w
@@ -175,7 +175,7 @@ def _training_items(plan): # pairs or solutions to train on, at most; None: unkn
 
 def estimate_plan(
     plan:Plan,
-    wait:bool=True, # For a step to be traced; False: the formula, until the answer is known
+    wait:bool|None=True, # For a step to be traced; False: it is traced in the background; None: not at all
 )->Estimate|None: # None where the architecture is not known
     "Memory, time and cost of a plan."
     n, on_vessl = plan.request['ngpus'], plan.target == 'vessl'
@@ -197,7 +197,7 @@ def _data_rows(plan): # what is known of its data
 
 def estimate_rows(
     plan:Plan,
-    wait:bool=True, # As for `estimate_plan`
+    wait:bool|None=True, # As for `estimate_plan`
 ):
     "Yield label and text: the data, what a plan will take, and warnings where that is too much."
     yield from _data_rows(plan)

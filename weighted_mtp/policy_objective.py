@@ -157,7 +157,7 @@ def check_vocabulary(
 def freeze(
     model, # Any `nn.Module`
     dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
-    sharded=False, # Spread over all ranks; it may have no weights yet. Collective: call on all ranks, and the model, too
+    sharded=False, # Spread over all ranks; it may have no weights yet. Collective, and every call of the model, too
 ): # The same, without gradients, in evaluation mode, on the device that trains
     "A model that is only asked. A value head stays in float32, and so do buffers: rotary frequencies, a calibration."
     device, head = 'cuda' if torch.cuda.is_available() else 'cpu', getattr(model, 'head', None)

@@ -54,7 +54,8 @@ def make_buffers(
     "Compute, on the CPU, the buffers that no file holds."
     known, stored = True, backbone.state_dict().keys()
     for prefix, module in backbone.named_modules():
-        names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta and f'{prefix}.{n}'.strip('.') not in stored]
+        own = ((n, f'{prefix}.{n}'.strip('.')) for n, b in module.named_buffers(recurse=False) if b.is_meta)
+        names = [n for n, full in own if full not in stored]
         if not names: continue
         if next(module.parameters(recurse=False), None) is not None: return False # it would draw new weights
         for n in names: setattr(module, n, torch.full(getattr(module, n).shape, torch.nan))
@@ -68,9 +69,9 @@ def prepare_parts(
 )->bool: # Whether `read_parts` will be able to read all of it
     "Make a model without weights ready to be built on, sharded and read."
     backbone = getattr(model, 'backbone', model)
-    backbone.weights_folder, stored = str(folder), stored_tensors(folder)
-    found = {id(x) for n, x in model.state_dict(keep_vars=True).items() if n in stored} # one name of a tied weight will do
-    return make_buffers(backbone) and all(id(x) in found for x in model.state_dict(keep_vars=True).values())
+    backbone.weights_folder, stored, state = str(folder), stored_tensors(folder), model.state_dict(keep_vars=True)
+    found = {id(x) for n, x in state.items() if n in stored} # one name of a tied weight will do
+    return make_buffers(backbone) and all(id(x) in found for x in state.values())
 
 # %% ../nbs/models/16_shard_loading.ipynb #f3e1902b
 def _with_memory(x): # a tensor on the meta device, or a shard of one, as a tensor of this rank's device

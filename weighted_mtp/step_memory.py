@@ -7,8 +7,8 @@ __all__ = ['aten', 'StorageCount', 'llama_config', 'backbone_config', 'empty_mod
            'note_moments', 'run_step', 'step_peaks', 'shallow_depths', 'deep_peak', 'extra_bytes', 'memory_by_kind',
            'main']
 
-# %% ../nbs/training/31_step_memory.ipynb #f1490585
-import json, math, sys, weakref
+# %% ../nbs/training/31_step_memory.ipynb #8ea0ed40
+import json, sys, weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from .optim import make_optimizer
 from .policies import OBJECTIVES
 from .weighting import RunningMoments
 
-# %% ../nbs/training/31_step_memory.ipynb #f08bef32
+# %% ../nbs/training/31_step_memory.ipynb #dcdb2718
 aten = torch.ops.aten
 
 def _everywhere(index): # a mask as the indices of all its places
@@ -36,7 +36,7 @@ def _everywhere(index): # a mask as the indices of all its places
     return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
 
 def _result(op, args, kwargs):
-    if op is aten._local_scalar_dense.default: return 0
+    if op.name() == 'aten::_local_scalar_dense': return 0
     if op in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         args = args[0], [i for index in args[1] for i in _everywhere(index)], *args[2:]
     if op is aten.nonzero.default: return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
@@ -79,7 +79,7 @@ class StorageCount(TorchDispatchMode):
         if self.byte_masks and op is aten.bernoulli_.float: self.count(out, 'activations', 1/out.element_size())
         return out
 
-# %% ../nbs/training/31_step_memory.ipynb #c78867e8
+# %% ../nbs/training/31_step_memory.ipynb #24293498
 def llama_config(
     a, # `architecture` of a backbone
 )->LlamaConfig:
@@ -111,7 +111,7 @@ def empty_model(
         if config.pipeline == 'critic': return build_critic(config, backbone)
         return build_policy(backbone, m.n_future_tokens, m.tuning, plain(m.lora))
 
-# %% ../nbs/training/31_step_memory.ipynb #d875003b
+# %% ../nbs/training/31_step_memory.ipynb #93702a2b
 def frozen_model(
     config, # A loaded config
     dtype,
@@ -125,11 +125,13 @@ def frozen_model(
                 'training.weighting=credit']
     kind = ['pipeline=critic'] if c.pipeline == 'verifiable' else ['model.n_future_tokens=1', 'model.tuning=full']
     settings = apply_overrides(config, as_built + kind)
-    def build(layers): return empty_model(settings, llama_config(SimpleNamespace(**vars(a) | dict(layers=layers))), dtype)
+    def build(layers):
+        shape = SimpleNamespace(**vars(a) | dict(layers=layers))
+        return empty_model(settings, llama_config(shape), dtype)
     size = sum(p.numel()*p.element_size() for p in build(a.layers).parameters())
     return build(min(2, a.layers)).requires_grad_(False).eval(), size
 
-# %% ../nbs/training/31_step_memory.ipynb #9dc3ad70
+# %% ../nbs/training/31_step_memory.ipynb #9c09ee5b
 def _sample(i, length): return Sample([1]*length, 1, str(i), True, 1, critical=(1,), first_wrong=1)
 
 def empty_objective(
@@ -148,7 +150,7 @@ def empty_objective(
     o.data = list(zip(samples[::2], samples[1::2])) if is_critic else samples
     return o
 
-# %% ../nbs/training/31_step_memory.ipynb #e67b0f9b
+# %% ../nbs/training/31_step_memory.ipynb #7c65c92f
 class _Alone: # an `Accelerator` of one rank of several
     process_index = 0
     def __init__(self, ranks): self.num_processes = ranks
@@ -204,7 +206,7 @@ def run_step(
     clip_grad_norm_(trained, t.max_grad_norm)
     optimizer.step()
 
-# %% ../nbs/training/31_step_memory.ipynb #68f59201
+# %% ../nbs/training/31_step_memory.ipynb #f9cbcfc2
 def _sizes(config, ngpus, gpu): # what a step's bytes depend on besides the config
     shards = ngpus if config.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
     is_half = gpu and config.model.dtype == 'bfloat16'
@@ -264,7 +266,7 @@ def step_peaks(
         with count: run_step(objective, trained, optimizer, count, ngpus, lambda now: last.__setitem__(0, now))
     return count.peaks
 
-# %% ../nbs/training/31_step_memory.ipynb #73651154
+# %% ../nbs/training/31_step_memory.ipynb #8debfc55
 def shallow_depths(layers:int, period:int=1)->tuple: # Two numbers of blocks; (layers,) where it is hardly deeper
     "How deep the models are that a deep one is extrapolated from."
     first = 3 + (layers-3)%period
@@ -290,7 +292,7 @@ def deep_peak(
         peaks = [{at: _extrapolated(peaks[0][at], peaks[1][at], times) for at in peaks[0].keys() & peaks[1].keys()}]
     return max(peaks[0].values(), key=lambda peak: peak[0])[1]
 
-# %% ../nbs/training/31_step_memory.ipynb #913e7bde
+# %% ../nbs/training/31_step_memory.ipynb #056a1176
 def extra_bytes(
     config, # A loaded config
     ngpus:int=1,
@@ -312,13 +314,11 @@ def memory_by_kind(config, ngpus:int=1, gpu:bool=True)->dict: # kind -> bytes
     "A rank's peak in a step."
     return {k: round(n) for k, n in (deep_peak(config, ngpus, gpu) | extra_bytes(config, ngpus, gpu)).items()}
 
-# %% ../nbs/training/31_step_memory.ipynb #73edf8e6
+# %% ../nbs/training/31_step_memory.ipynb #00e06da8
 def main():
     "Answer the questions on standard input."
-    from omegaconf import OmegaConf
     for config, overrides, ngpus, gpu, file in json.load(sys.stdin):
-        config = apply_overrides(OmegaConf.create(config), overrides)
+        config = apply_overrides(config, overrides)
         write_text(file, json.dumps(memory_by_kind(config, ngpus, gpu)))
 
-#| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -5,26 +5,35 @@
 # %% auto #0
 __all__ = ['TIMEOUT', 'memory_key', 'cache_folder', 'traced_memory']
 
-# %% ../nbs/launching/18_traced_memory.ipynb #f46ba9e5
-import hashlib, json, os, subprocess, sys
+# %% ../nbs/launching/18_traced_memory.ipynb #8ee67c1e
+import hashlib, json, os, re, subprocess, sys
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from . import files
 from .config import apply_overrides
 from .files import UserError, project_root, read_json
 from .model_sizes import architecture, as_attributes, other_model
 
-# %% ../nbs/launching/18_traced_memory.ipynb #0be7eb17
+# %% ../nbs/launching/18_traced_memory.ipynb #1687884b
 _TRAINING = ('batch_size', 'gradient_checkpointing', 'recompute_every', 'weighting', 'packing')
+
+def _sources(module='step_memory')->dict: # name -> text of a module and of all that it imports from this package
+    package, found, todo = Path(files.__file__).parent, {}, [module]
+    while todo:
+        file = package/f'{(name := todo.pop())}.py'
+        if name in found or not file.is_file(): continue
+        found[name] = file.read_text(encoding='utf-8')
+        todo += re.findall(r'^\s*from \.(\w+) import', found[name], re.M)
+    return found
 
 @lru_cache(1)
 def _versions():
-    package = Path(__file__).parent if '__file__' in globals() else project_root()/'weighted_mtp'
-    sources = b''.join(f.read_bytes() for f in sorted(package.glob('*.py')))
-    return [metadata.version(p) for p in ('torch', 'transformers', 'peft')] + [hashlib.sha1(sources).hexdigest()]
+    sources = hashlib.sha1(json.dumps(_sources(), sort_keys=True).encode()).hexdigest()
+    return [metadata.version(p) for p in ('torch', 'transformers', 'peft')] + [sources]
 
 def memory_key(
     config, # A loaded config
@@ -39,7 +48,7 @@ def memory_key(
             min(2, t['gradient_accumulation_steps']), {k: t.get(k) for k in _TRAINING}, vars(a), other and vars(other)]
     return hashlib.sha1(json.dumps([*what, *_versions()]).encode()).hexdigest()
 
-# %% ../nbs/launching/18_traced_memory.ipynb #ea7dd78f
+# %% ../nbs/launching/18_traced_memory.ipynb #b2836c46
 TIMEOUT = 300 # Seconds for all settings of a question
 _asked = {} # file of an answer -> process in the background
 
@@ -53,8 +62,9 @@ def _answer(file):
 
 def _start(questions): # the process that answers them
     env = os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    process = subprocess.Popen([sys.executable, '-m', 'weighted_mtp.step_memory'], cwd=project_root(), env=env, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command, pipe = [sys.executable, '-m', 'weighted_mtp.step_memory'], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=project_root(), env=env, text=True, stdin=pipe, stdout=subprocess.DEVNULL,
+                               stderr=pipe)
     process.stdin.write(json.dumps(questions))
     process.stdin.close()
     process.stdin = None # `communicate` has nothing to send
@@ -79,7 +89,7 @@ def traced_memory(
     ngpus:int=1,
     gpu:bool=True, # False: processes on a CPU
     settings=((),), # Lists of overrides: one question each
-    wait:bool=True, # False: what is not known yet is asked in the background
+    wait:bool|None=True, # False: what is not known yet is asked in the background; None: it is not asked
     timeout:int=TIMEOUT,
 )->tuple: # (kind -> bytes of a rank, or None, for each setting; why one is None)
     "Peak memory of a step, by running the real model without numbers."
@@ -91,7 +101,8 @@ def traced_memory(
     plain = OmegaConf.to_container(config, resolve=True)
     missing = [(plain, list(o), ngpus, gpu, str(f)) for o, f in zip(settings, files) if _answer(f) is None]
     busy = any(p.poll() is None for p in _asked.values()) # one at a time, however fast a form is filled in
-    if missing and wait: why = _wait(_start(missing), timeout)
+    if missing and wait is None: why = '`Plan.estimate()` traces one'
+    elif missing and wait: why = _wait(_start(missing), timeout)
     elif missing:
         why = 'it is being worked out'
         if not busy: _asked.update(dict.fromkeys((f for *_, f in missing), _start(missing)))

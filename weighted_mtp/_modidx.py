@@ -1204,6 +1204,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed.StepClock.end_step': ( 'training/gpu_speed.html#stepclock.end_step',
                                                                                        'weighted_mtp/gpu_speed.py'),
+                                        'weighted_mtp.gpu_speed.StepClock.start_profile': ( 'training/gpu_speed.html#stepclock.start_profile',
+                                                                                            'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed._decode': ('training/gpu_speed.html#_decode', 'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed._memory': ('training/gpu_speed.html#_memory', 'weighted_mtp/gpu_speed.py'),
                                         'weighted_mtp.gpu_speed._products': ( 'training/gpu_speed.html#_products',

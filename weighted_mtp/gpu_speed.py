@@ -20,7 +20,7 @@ from .config import load_config
 from .data import format_prompt
 from .estimate import estimate, flops_per_token
 from .files import MICRO_BASE, project_root
-from .fitting import fit_overrides
+from .fitting import fit_overrides, local_memory
 from .generation import generate
 from .loop import make_trainer, train
 from .losses import mtp_counts, mtp_cross_entropy
@@ -132,9 +132,14 @@ class StepClock:
         self.ends.append(time.perf_counter())
         self.documents.append([])
         self.positions.append(trainer.model.positions_read)
-        if trainer.step == trainer.max_steps - 1: self.profile = self.stack.enter_context(profile())
+        if trainer.step == trainer.max_steps - 1: self.start_profile()
         if trainer.step == trainer.max_steps: self.stack.close()
         if time.time() > self.until: trainer.accelerator.set_trigger() # ends after the next step
+
+    def start_profile(self):
+        "Of the last step; a machine that allows none loses nothing else."
+        try: self.profile = self.stack.enter_context(profile())
+        except RuntimeError as e: print(f'no profile: {one_line(e)}')
 
     def counted(self)->SimpleNamespace: # seconds, steps, lengths, positions of the steps between the first and the last
         "What the timed steps did. Raises `RuntimeError` where there was no time for any."
@@ -179,8 +184,9 @@ def speed_figures(config, counted, peak)->dict: # peak: operations a second, or 
         achieved_flops=planned, mfu=model/peak if peak else None, hfu=hardware/peak if peak else None)
 
 def planned_settings(file)->list[str]: # `key=value`
-    "What the plan chooses for this machine where the config says `training.fit: auto`."
-    return fit_overrides(load_config(project_root()/'configs'/file), (), 1, 'local')[0]
+    "What `training.fit: auto` chooses for this machine, whatever the config says."
+    if device() == 'cpu' and local_memory(): return [] # a dry run beside a GPU
+    return fit_overrides(load_config(project_root()/'configs'/file, ['training.fit=auto']), (), 1, 'local')[0]
 
 def timed_steps(
     setting:Setting, file, name, # As `true_objective` takes them

@@ -1554,6 +1554,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'weighted_mtp/model_building.py'),
                                              'weighted_mtp.model_building.check_tuning': ( 'models/model_building.html#check_tuning',
                                                                                            'weighted_mtp/model_building.py'),
+                                             'weighted_mtp.model_building.has_heads': ( 'models/model_building.html#has_heads',
+                                                                                        'weighted_mtp/model_building.py'),
                                              'weighted_mtp.model_building.keep_heads': ( 'models/model_building.html#keep_heads',
                                                                                          'weighted_mtp/model_building.py'),
                                              'weighted_mtp.model_building.load_backbone': ( 'models/model_building.html#load_backbone',

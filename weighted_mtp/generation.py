@@ -213,7 +213,7 @@ def makes_drafts(
     model,
 )->bool:
     "Whether a model has heads that draft."
-    return isinstance(model, MTPForCausalLM) and model.config.n_future_tokens > 1 and model.can_draft
+    return hasattr(model, 'extra_heads') and model.config.n_future_tokens > 1 and model.can_draft
 
 def generation_settings(model, tokenizer, temperature, top_p, stop, self_speculative):
     "Keywords of the model's own `generate`."

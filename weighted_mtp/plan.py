@@ -119,7 +119,7 @@ def _fitted(r, overrides, config, wait): # -> overrides, config, and what was ch
     chosen, fit = fit_overrides(config, given, r['ngpus'], r['target'], wait)
     if chosen: # instead of how `effective_batch` was divided
         keys = {override_key(o) for o in chosen}
-        overrides = [o for o in overrides if override_key(o) not in keys] + chosen
+        overrides = chosen + [o for o in overrides if override_key(o) not in keys]
     texts = [str(x) for x in (fit, fit.second) if x] if isinstance(fit, Fit) else [fit] if fit else None
     return overrides, apply_overrides(config, chosen), texts
 

@@ -869,8 +869,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'weighted_mtp.failures._details': ('training/failures.html#_details', 'weighted_mtp/failures.py'),
                                        'weighted_mtp.failures._end_for_memory': ( 'training/failures.html#_end_for_memory',
                                                                                   'weighted_mtp/failures.py'),
-                                       'weighted_mtp.failures._fits_itself': ( 'training/failures.html#_fits_itself',
-                                                                               'weighted_mtp/failures.py'),
                                        'weighted_mtp.failures._free_port': ( 'training/failures.html#_free_port',
                                                                              'weighted_mtp/failures.py'),
                                        'weighted_mtp.failures._lost_rank': ( 'training/failures.html#_lost_rank',

@@ -129,13 +129,11 @@ _TRIED = 'WMTP_TRIED_AGAIN' # set in a process that is the second try
 def _free_port():
     with socket.socket() as s: s.bind(('', 0)); return s.getsockname()[1]
 
-def _fits_itself(config): return getattr(config.training, 'fit', 'manual') == 'auto'
-
 def next_try(
     config, # A loaded config
 )->list[str]: # Overrides; none where there is no next try
     "What to try after memory was full; noted for the other ranks."
-    due = _fits_itself(config) and in_first_step() and _TRIED not in os.environ
+    due = config.training.fit == 'auto' and in_first_step() and _TRIED not in os.environ
     words, job = smaller_choice(config) if due else [], job_folder()
     if words and job: _claim(job/'again.json', json.dumps(dict(words=words, port=_free_port())))
     return words

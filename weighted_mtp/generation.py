@@ -18,7 +18,6 @@ from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria,
 import weighted_mtp.drafting # noqa: F401 gives `MTPForCausalLM.generate` its `use_mtp`
 from .files import UserError
 from .drafting import last_block_window
-from .mtp_model import MTPForCausalLM
 
 # %% ../nbs/models/11_generation.ipynb #9abaeb66
 @dataclass

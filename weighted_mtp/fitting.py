@@ -56,7 +56,7 @@ def level_of(
     if not t.gradient_checkpointing: return 'no block'
     return {1: 'every block', 2: 'every second block'}.get(t.recompute_every, f'every {t.recompute_every}th block')
 
-# %% ../nbs/launching/19_fitting.ipynb #8d8b9531
+# %% ../nbs/launching/19_fitting.ipynb #e491e07b
 def _divisors(n): return [b for b in range(1, n+1) if n % b == 0]
 
 def _line(b, low, high): # between (b, bytes) of two sizes
@@ -97,7 +97,7 @@ def all_choices(
     t = config.training
     each = t.batch_size*t.gradient_accumulation_steps # on a GPU, of a step
     sizes, found = _divisors(each), []
-    ends = [settings_of(level, b, each//b) for level in levels for b in (1, each)]
+    ends = [settings_of(level, b, min(2, each)) for level in levels for b in (1, each)] # all keep gradients in between
     totals, why = _totals(config, ngpus, ends, wait)
     for level, low, high in zip(levels, totals[::2], totals[1::2]):
         for b in sizes:

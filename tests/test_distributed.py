@@ -225,7 +225,6 @@ import weighted_mtp.failures as failures, weighted_mtp.policies as p, weighted_m
 from weighted_mtp.config import UserError
 from weighted_mtp.policies import PolicyObjective, run_policy
 RANK, AT, HANG = int(os.environ['RANK']), NUMBER, SLOW
-failures._fits_itself = lambda config: AT == 1
 runs.Ranks = functools.partial(failures.Ranks, patience=2)
 class Failing(PolicyObjective):
     seen = 0
@@ -301,7 +300,7 @@ def mlflow_statuses(record, database): # of the newest run; with those of runs t
     return [status for status, in found[-1:]] + [x.get('end') for x in unsent]
 
 def test_out_of_memory_in_the_first_step_is_tried_once_more(root, database, tmp_path):
-    done = fail(root, tmp_path, 1, FULL, 'training.max_steps=3', at=1)
+    done = fail(root, tmp_path, 1, FULL, 'training.max_steps=3', 'training.fit=auto', at=1)
     assert done.returncode == 0, done.stderr
     assert 'once more with training.batch_size=2 training.gradient_accumulation_steps=4' in done.stderr
     assert [l for l in done.stdout.splitlines() if 'micro-batches' in l][-1] == 'micro-batches of 2'

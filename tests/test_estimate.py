@@ -1,6 +1,6 @@
 """The estimates of memory against the measured peak of real training runs, each in a process of its own.
 `python tests/test_estimate.py` prints the table, and writes it for nbs/studies/memory.ipynb."""
-import contextlib, gc, io, json, multiprocessing, os, socket, subprocess, sys, tempfile
+import contextlib, gc, io, json, multiprocessing, os, socket, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +82,7 @@ def measure(root, case, n, port, rank): # growth of this process's peak
         make_micro_model(f'{root}/reference', load_parts(config)[0], hidden_size=768, n_layers=4, n_heads=8)
     small = ['model.hidden_size=32', 'model.n_layers=1', 'model.n_heads=2', 'training.batch_size=1']
     train(apply_overrides(config, small), CASES[case][3]) # what is loaded on first use
+    time.sleep(.5) # the thread that saved lets go of the model a moment after the folder is there
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')
     before = status('VmRSS')

@@ -129,8 +129,8 @@ def bucket_bytes(s):
 
 def saving_bytes(s):
     "What saving and evaluation need outside of steps."
-    copies = 0 if s.gpu else 4*s.p.trainable # in main memory; of the weights, later of both moments too
-    saving = max(copies + (s.p.total*s.stored if s.shards > 1 else 0), 3*copies)
+    copies = 0 if s.gpu else 4*s.p.trainable # in main memory: the best file's, and this rank's share with both moments
+    saving = copies*(1 + 3/s.shards)
     return max(saving, logit_bytes(s, 2) if s.keeps_logits and not s.is_ratio else 0)
 
 def memory_parts(

@@ -29,18 +29,21 @@ test: .venv/.installed ## Everything CI runs: packages, lint, notebooks, pytest 
 # A thread each: threads that wait by spinning slow a busy machine down tenfold. Three at a time: many tests wait for others
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-gpu-check: $(GPU_VENV)/.installed ## Numbers, speed and memory on this machine's GPU, in ten minutes (DRY=1: small, on a CPU)
+gpu-check: $(GPU_VENV)/.installed ## Numbers, speed, memory on this machine's GPU, in ten minutes (DRY=1: on a CPU)
 	$(GPU_VENV)/bin/python -m weighted_mtp.gpu_check $(if $(DRY),--dry) $(ARGS)
 
 # On a GPU machine its own torch is used, wherever its Python has it: a second one would be gigabytes to fetch
 .venv-gpu/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import torch' || { echo 'No torch in $(PYTHON): make gpu-check PYTHON=..., or GPU_VENV=.venv'; exit 1; }
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	$(PYTHON) -c 'import torch; print(torch.__path__[0].rpartition("/")[0])' > `echo .venv-gpu/lib/python*/site-packages`/machine.pth
-	sed "s/^torch==.*/torch==`$(PYTHON) -c 'import torch; print(torch.__version__)'`/" constraints.txt > .venv-gpu/constraints.txt
-	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-		| grep -v '^torch' > .venv-gpu/requirements.txt
-	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -c .venv-gpu/constraints.txt -r .venv-gpu/requirements.txt
+	$(PYTHON) -c 'import torch; print(torch.__path__[0].rpartition("/")[0])' \
+		> `echo .venv-gpu/lib/python*/site-packages`/machine.pth
+	sed "s/^torch==.*/torch==`$(PYTHON) -c 'import torch; print(torch.__version__)'`/" constraints.txt \
+		> .venv-gpu/constraints.txt
+	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+		print(*p["project"]["dependencies"], sep="\n")' | grep -v '^torch' > .venv-gpu/requirements.txt
+	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -c .venv-gpu/constraints.txt \
+		-r .venv-gpu/requirements.txt
 	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 

@@ -115,11 +115,11 @@ def test_killed_run_ends_with_the_same_weights(root, tmp_path, pipeline, overrid
 SAVES = '''
 import itertools, sys, torch
 from pathlib import Path
-from weighted_mtp.checkpoints import epoch_name, prune
+from weighted_mtp.checkpoints import epoch_name, prune_checkpoints
 from weighted_mtp.state_folder import Saver
 folder, saver, tensors = Path(sys.argv[1]), Saver(), {f'w{i}': torch.empty(1 << 20) for i in range(4)}
 def done(step):
-    prune(folder, 2)
+    prune_checkpoints(folder, 2)
     (folder/'done').write_text(str(step))
 for step in itertools.count(int(sys.argv[2])):
     for x in tensors.values(): x.fill_(step)

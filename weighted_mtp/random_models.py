@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import load_config
 from .critic import CriticObjective
@@ -24,6 +24,7 @@ from .mtp_model import MTPConfig
 from .policies import OBJECTIVES
 from .precision import compute_dtype
 from .runs import prepare
+from .step_memory import llama_config
 
 # %% ../nbs/training/27_random_models.ipynb #c2ed59e9
 SHAPES = dict(policy=make_shape(**KNOWN[r'(?<![\d.])7b']), critic=make_shape(**KNOWN[r'2\.7b']),
@@ -37,10 +38,7 @@ def backbone_config(
     max_length:int=2048,
 ):
     "The config of a Llama, or of a policy on one."
-    size = a.q//a.heads
-    config = LlamaConfig(vocab_size=a.vocab, hidden_size=a.D, intermediate_size=a.ffn, num_hidden_layers=a.layers,
-                         num_attention_heads=a.heads, num_key_value_heads=a.kv//size, head_dim=size,
-                         max_position_embeddings=max_length, tie_word_embeddings=a.tied)
+    config = llama_config(a, max_position_embeddings=max_length)
     if n_future_tokens == 1: return config
     return MTPConfig(backbone_config=config, n_future_tokens=n_future_tokens)
 

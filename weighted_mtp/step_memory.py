@@ -26,6 +26,7 @@ from .model_building import build_policy
 from .model_sizes import architecture, as_attributes, other_model
 from .optim import make_optimizer
 from .policies import OBJECTIVES
+from .precision import autocast_forward, keep_trained_in_float32
 from .weighting import RunningMoments
 
 # %% ../nbs/training/31_step_memory.ipynb #dcdb2718
@@ -82,11 +83,12 @@ class StorageCount(TorchDispatchMode):
 # %% ../nbs/training/31_step_memory.ipynb #24293498
 def llama_config(
     a, # `architecture` of a backbone
+    **more, # Further settings
 )->LlamaConfig:
     "A Llama of that shape."
     return LlamaConfig(hidden_size=a.D, num_hidden_layers=a.layers, num_attention_heads=a.heads, head_dim=a.q//a.heads,
                        num_key_value_heads=a.kv*a.heads//a.q, intermediate_size=a.ffn, vocab_size=a.vocab,
-                       tie_word_embeddings=a.tied)
+                       tie_word_embeddings=a.tied, **more)
 
 def backbone_config(
     model, # The config's `model` section
@@ -209,22 +211,23 @@ def run_step(
 # %% ../nbs/training/31_step_memory.ipynb #f9cbcfc2
 def _sizes(config, ngpus, gpu): # what a step's bytes depend on besides the config
     shards = ngpus if config.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
-    is_half = gpu and config.model.dtype == 'bfloat16'
+    is_half = gpu and config.model.dtype != 'float32'
     return SimpleNamespace(shards=shards, copies=ngpus//shards, half=is_half, gpu=gpu,
                            dtype=torch.bfloat16 if is_half else torch.float32)
 
 def _prepare(model, config, s): # as `loop.make_trainer` does: dtypes, recomputation
     t = config.training
-    for p in model.parameters():
-        if p.requires_grad: p.data = p.data.to(s.dtype if s.shards > 1 else torch.float32)
+    keep_trained_in_float32(model)
+    for p in model.parameters() if s.shards > 1 else (): # what a rank gathers it computes with
+        if p.requires_grad: p.data = p.data.to(s.dtype)
     if t.gradient_checkpointing: model.activation_checkpointing_enable(every_n_layers=t.recompute_every)
     model.config.use_cache = False
     return model
 
-def _to_fake(model, s): # inside `FakeTensorMode`; its forward pass under autocast, as accelerate wraps it
+def _to_fake(model, s): # inside `FakeTensorMode`; its forward pass under autocast
     model = model.to_empty(device='cpu')
     model.tie_weights()
-    if s.half: model.forward = torch.autocast('cpu', torch.bfloat16)(model.forward)
+    if s.half: autocast_forward(model)
     return model
 
 def _uncounted(model, count): # `extra_bytes` has its weights

@@ -162,6 +162,8 @@ def serve():
     "The child: sign in, then answer questions from standard input, one JSON object a line, until it is closed."
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1) # the client prints; standard output is for answers
+    _import_sdk() # seconds on a busy machine: this is not VESSL's time
+    print('{}', file=out, flush=True) # ready for questions
     vessl = None
     for line in sys.stdin:
         question = json.loads(line)
@@ -201,27 +203,28 @@ class VesslClient:
 
     def ask(self,
         action:str, # hello, check, submit, find, read, logs, stop, upload
-        wait:float=30., # Seconds; then the child is killed
+        wait:float=30., # Seconds for VESSL to answer; then the child is killed
         **args, # Of the question
     ): # What VESSL answered
         "Ask one question and wait for the answer. Raises `VesslError`."
         with self.lock:
-            site, end = load_site(), time.monotonic() + wait
+            site = load_site()
             question = dict(action=action, args=args, organization=site.organization, project=site.project)
-            try: return self._ask(question, end, wait)
+            try: return self._ask(question, wait)
             except BaseException as e:
                 finished = isinstance(e, VesslError) and e.kind in ('refused', 'busy') and e.sent
                 if not finished: self._end()
                 raise
 
-    def _ask(self, question, end, wait):
+    def _ask(self, question, wait):
         env, sent = _child_environment(), False
         key = (env, question['organization'], question['project'])
         if self.key != key: self._end(); self.key = key
         if self.child is None or self.child.poll() is not None: self._start(env)
         with suppress(BrokenPipeError): print(json.dumps(question), file=self.child.stdin, flush=True)
         try:
-            while not (reply := self._read(end, wait)): sent = True
+            end, late = time.monotonic() + wait, f'VESSL did not answer within {wait:.0f} seconds.'
+            while not (reply := self._read(end, late)): sent = True
             if 'answer' in reply: return reply['answer']
             raise VesslError(reply['kind'], _user_message(reply['kind'], reply['text']))
         except VesslError as e: e.sent = sent; raise
@@ -235,11 +238,12 @@ class VesslClient:
             start_new_session=True) # Ctrl-C is for the parent to handle
         collect = threading.Thread(target=self.printed.extend, args=(self.child.stderr,), daemon=True)
         collect.start() # kept in memory only: it may contain secrets
+        self._read(time.monotonic() + 60, 'The VESSL client did not start within 60 seconds.')
 
-    def _read(self, end, wait): # one line
+    def _read(self, end, late): # one line
         while '\n' not in self.rest:
             ready, _, _ = select.select([self.child.stdout], [], [], max(0, end - time.monotonic()))
-            if not ready: raise VesslError('slow', f"VESSL did not answer within {wait:.0f} seconds.")
+            if not ready: raise VesslError('slow', late)
             more = os.read(self.child.stdout.fileno(), 1 << 20)
             if not more:
                 time.sleep(.05) # its last message is still on its way

@@ -71,7 +71,8 @@ found = {}
 VARIANTS = {'critic-bce': ['critic.bce_weight=0.5'],
             'critic-lora': ['model.tuning=lora', 'model.lora.dropout=0', 'model.backbone=backbone',
                             'training.gradient_checkpointing=true'],
-            'critic-mlp': ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1']}
+            'critic-mlp': ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1',
+                           'training.gradient_checkpointing=true', 'training.selective_checkpointing=true']}
 for name in %r:
     pipeline = name.split('-')[0]
     c = load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', overrides + VARIANTS.get(name, []))

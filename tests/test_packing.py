@@ -33,7 +33,7 @@ def numbers(model, kind, ids, mask, labels): # what is computed of every token, 
     if kind == 'policy':
         out = model(ids, mask, labels=labels)
         out.loss.backward()
-        return [out.token_ce], [p.grad.clone() for p in model.parameters()]
+        return [out.token_ce], [p.grad.clone() for p in model.parameters() if p.grad is not None]
     known = labels != -100
     out = model(ids, mask, known)
     (out.values if hasattr(out, 'values') and torch.is_tensor(out.values) else out.evidence)[known].sum().backward()

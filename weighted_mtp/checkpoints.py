@@ -148,7 +148,8 @@ def restore(
 # %% ../nbs/training/05_checkpoints.ipynb #0500000f
 RESUMABLE_KEYS = (
     'training.batch_size', 'training.gradient_accumulation_steps', 'training.cpu_threads', 'training.log_every',
-    'training.gradient_checkpointing', 'training.recompute_every', 'training.packing', 'training.compile',
+    'training.gradient_checkpointing', 'training.recompute_every', 'training.selective_checkpointing',
+    'training.packing', 'training.compile',
     'training.fit', 'experiment.description',
     'checkpoint.', 'evaluation.', 'mlflow.',
     'distributed.')

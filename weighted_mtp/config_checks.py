@@ -30,6 +30,9 @@ def _training(config):
     if by_credit and t.credit_floor >= high:
         yield (f"training.credit_floor = {t.credit_floor} is not below training.weight_clip_max = {high}: all tokens "
                "would weigh the same.")
+    if t.compile and t.gradient_checkpointing and t.selective_checkpointing:
+        yield ("training.selective_checkpointing cannot tell the operations of a compiled block apart: leave it or "
+               "training.compile out.")
     if config.pipeline != 'critic': return
     if c.head == 'ratio' and config.model.tuning == 'frozen':
         yield ("model.tuning = frozen leaves nothing to train with critic.head = ratio, whose two language models "

@@ -70,9 +70,14 @@ def _kept_in_block(s): # bytes that a token leaves in one block
     attention = w*(2*a.q + 2*a.kv + s.c.dataset.max_length) + 4*a.heads
     return inputs + 8*a.D + attention + w*3*a.ffn # 8D: the two norms
 
+def _products_of_block(s): # bytes of a token: q, k, v, attention and its output, gate, up, down; adapters' first ones
+    a, ranks = s.a, 7*s.c.model.lora.r if s.c.model.tuning == 'lora' else 0
+    return s.width*(2*a.q + 2*a.kv + 2*a.D + 2*a.ffn + ranks) + 4*a.heads
+
 def activation_bytes(s):
     "What all blocks keep for the backward pass."
     t, kept, again = s.c.training, _kept_in_block(s), s.width*s.a.D
+    if t.selective_checkpointing: again += _products_of_block(s)
     share = 1/t.recompute_every if t.gradient_checkpointing else 0
     return s.tokens*s.p.trained_blocks*(share*again + (1-share)*kept)
 
@@ -168,6 +173,8 @@ def with_overhead(
             'saving and evaluation': round(max(0, saving_bytes(s) - come_and_go))}
 
 # %% ../nbs/launching/02_estimate.ipynb #5dfb5387
+_BETWEEN = 0.1 # Assumed: what recomputing all but products takes of a block's forward pass; it moves bytes
+
 def _forward_flops(a, blocks, length): return blocks*(2*matrix_parameters(a) + 4*length*a.q) # for each token
 
 def _unembedding_flops(c, a, p): # for each token: all heads' products with the unembedding
@@ -190,14 +197,15 @@ def flops_per_token(
     forward, attention = _forward_flops(a, 1, length), 4*length*a.q # of a block
     of_weights = 0 if c.model.tuning == 'lora' else forward - attention
     backward = forward + attention + of_weights + 6*p.adapters
-    if t.gradient_checkpointing: backward += forward/t.recompute_every
+    if t.gradient_checkpointing: backward += forward*(_BETWEEN if t.selective_checkpointing else 1)/t.recompute_every
     looks_ahead = c.pipeline == 'rho1' and t.gradient_accumulation_steps*ngpus > 1
     of_other = _forward_flops(other, other.layers, length) + 2*other.vocab*other.D if other else 0
     own = (1 + looks_ahead)*p.blocks*forward + p.trained_blocks*backward + _unembedding_flops(c, a, p)
     return own*_passes(c) + of_other*getattr(other, 'passes', 1)
 
 # %% ../nbs/launching/02_estimate.ipynb #cb7c3b52
-_SIZES = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'recompute_every', 'cpu_threads')
+_SIZES = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'recompute_every',
+          'selective_checkpointing', 'cpu_threads')
 
 def _step_sizes(
     d:dict, # A resolved config

@@ -162,8 +162,8 @@ def _memory(plan, measured): # with what was measured
                 apart=measured.whole/1e9/plan['predicted_gb'] - 1)
 
 def _settings(config, model): # that speed and memory depend on
-    keys = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'recompute_every', 'packing',
-            'compile', 'fit')
+    keys = ('batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'recompute_every',
+            'selective_checkpointing', 'packing', 'compile', 'fit')
     t = config.training
     return {k: t[k] for k in keys if k in t} | dict(attention=model.attention, max_length=config.dataset.max_length,
                                                     dtype=config.model.dtype, tuning=config.model.tuning)
@@ -173,7 +173,8 @@ def speed_figures(config, counted, peak)->dict: # peak: operations a second, or 
     c, tokens = as_attributes(OmegaConf.to_container(config, resolve=True)), sum(counted.lengths)
     terms, mean = model_flops(c, counted.lengths), tokens/len(counted.lengths)
     model = sum(terms.values())/counted.seconds
-    again = c.training.gradient_checkpointing/c.training.recompute_every # share of the blocks
+    t = c.training
+    again = t.gradient_checkpointing*(not t.selective_checkpointing)/t.recompute_every # share of the blocks
     hardware = model + again*recomputed_flops(terms)/counted.seconds
     planned = flops_per_token(c, architecture(c.model), 1, mean)*tokens/counted.seconds
     return dict(
@@ -221,7 +222,7 @@ def production_steps(
     t = load_config(project_root()/'configs'/file, planned).training
     found = timed_steps(setting, file, name, f'training.batch_size={max(1, t.batch_size//2)}',
                         f'training.gradient_accumulation_steps={2*t.gradient_accumulation_steps}',
-                        'training.gradient_checkpointing=true')
+                        'training.gradient_checkpointing=true', 'training.selective_checkpointing=false')
     goals = [*found['goals'], goal('the planned settings fit', 0, 'at least', 1)]
     return dict(figures=found['figures'] | dict(out_of_memory=problem), goals=goals)
 

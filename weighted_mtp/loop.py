@@ -26,6 +26,7 @@ from .files import UserError
 from .logit_check import check_packing
 from .optim import check_gradients, make_optimizer, make_scheduler
 from .precision import autocast_forward, compute_dtype, keep_trained_in_float32
+from .recomputation import recompute_blocks
 from .sharding import full_tensor, gradient_sync, is_sharded, shard
 from .state_folder import Saver
 
@@ -129,7 +130,7 @@ def make_trainer(
         for block in model.blocks: block.compile()
     if sharded: shard(model, torch.bfloat16 if bf16 else None)
     if bf16: autocast_forward(model)
-    if t.gradient_checkpointing: model.activation_checkpointing_enable(every_n_layers=t.recompute_every)
+    if t.gradient_checkpointing: recompute_blocks(model, t.recompute_every, t.selective_checkpointing)
     wrapped = accelerator.prepare_model(model, device_placement=False, evaluation_mode=sharded) # else DDP
     optimizer, total = make_optimizer(model, t), total_steps(n, t, world)
     per_step = t.batch_size*t.gradient_accumulation_steps*world

@@ -71,9 +71,15 @@ class RatioModel(CalibratedModel):
         def selected(name):
             select_adapter(self.adapted, name)
             yield
-        def contexts(): return nullcontext(), selected(self.adapted[0].active_adapters[0])
         settings = dict(use_reentrant=False) | (activation_checkpointing_kwargs or {})
-        if self.adapted: settings['context_fn'] = contexts # called in the forward pass of each block
+        given = settings.get('context_fn', lambda: (nullcontext(), nullcontext()))
+        @contextmanager
+        def again(name, recompute): # with the adapter `name`
+            with selected(name), recompute: yield
+        def contexts(): # called in the forward pass of each block
+            forward, recompute = given()
+            return forward, again(self.adapted[0].active_adapters[0], recompute)
+        if self.adapted: settings['context_fn'] = contexts
         super().activation_checkpointing_enable(settings, **kw)
 
     def side(self, name:str): # of SIDES

@@ -128,6 +128,8 @@ class Training:
     compile: bool = False # torch.compile for each block; the first steps take minutes
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time
     recompute_every: int = setting(1, '[1, 1024]') # gradient_checkpointing: of every so many blocks one (1: all)
+    # gradient_checkpointing: keep the results of matrix products and attention, recompute what lies between
+    selective_checkpointing: bool = False
     # auto: the launch chooses recomputation and micro-batch for the GPU's memory, where they are not given
     fit: str = setting('manual', choices=('auto', 'manual'))
     seed: int = setting(42, '[0, 4294967295]') # Initial weights, shuffling, dropout

@@ -27,6 +27,7 @@ from .model_sizes import architecture, as_attributes, other_model
 from .optim import make_optimizer
 from .policies import OBJECTIVES
 from .precision import autocast_forward, keep_trained_in_float32
+from .recomputation import recompute_blocks
 from .weighting import RunningMoments
 
 # %% ../nbs/training/31_step_memory.ipynb #dcdb2718
@@ -220,7 +221,7 @@ def _prepare(model, config, s): # as `loop.make_trainer` does: dtypes, recomputa
     keep_trained_in_float32(model)
     for p in model.parameters() if s.shards > 1 else (): # what a rank gathers it computes with
         if p.requires_grad: p.data = p.data.to(s.dtype)
-    if t.gradient_checkpointing: model.activation_checkpointing_enable(every_n_layers=t.recompute_every)
+    if t.gradient_checkpointing: recompute_blocks(model, t.recompute_every, t.selective_checkpointing)
     model.config.use_cache = False
     return model
 

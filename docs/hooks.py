@@ -12,8 +12,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = dict(config='Config', data='Data', models='Models', training='Training', evaluation='Evaluation',
-               launching='Launching')
-STUDIES = ['critic', 'compare', 'real', 'benchmarks']
+               launching='Launching', gpu_check='GPU check')
+STUDIES = ['critic', 'compare', 'real', 'memory', 'benchmarks']
 COMMANDS = ['wmtp-launch', 'wmtp-runs', 'wmtp-setup', 'wmtp-evaluate', 'wmtp-sync',
             'python -m weighted_mtp.pipelines.run_critic', 'python -m weighted_mtp.report']
 

@@ -18,6 +18,9 @@ CASES = { # pipeline, model, training, length of samples, processes, more overri
     'baseline: checkpointing': (
         'baseline', 'hidden_size=256 n_layers=1 n_heads=8 n_future_tokens=8',
         'batch_size=8 gradient_checkpointing=true', 256, 1),
+    'baseline: selective checkpointing': (
+        'baseline', 'hidden_size=256 n_layers=5 n_heads=8 n_future_tokens=2',
+        'batch_size=8 gradient_checkpointing=true selective_checkpointing=true', 256, 1),
     'baseline: LoRA': ('baseline', 'hidden_size=512 n_layers=2 n_heads=8 tuning=lora', 'batch_size=2', 256, 1),
     'baseline: heads alone': ('baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=frozen', 'batch_size=3', 256, 1),
     'critic: with logits': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1,

@@ -51,4 +51,5 @@ def test_selective_is_between_all_and_nothing(pipeline, tuning):
 
 def test_compiled_blocks_are_refused():
     with pytest.raises(UserError, match='training.selective_checkpointing cannot tell'):
-        load_config('configs/baseline/baseline.yaml', ['training.selective_checkpointing=true', 'training.compile=true'])
+        load_config('configs/baseline/baseline.yaml',
+                    ['training.selective_checkpointing=true', 'training.compile=true'])

@@ -102,7 +102,7 @@ def measure_all(root): # each case in a process of its own, forked from one that
     return dict(peaks=peaks, traced={case: trace(case, root) for case in CASES})
 
 def trace(case, root): # part -> bytes, by running the real model on fake tensors
-    from weighted_mtp.estimate import with_overhead
+    from weighted_mtp.memory_formula import with_overhead
     from weighted_mtp.model_sizes import architecture, as_attributes
     from weighted_mtp.step_memory import memory_by_kind
     config, n = config_of(case, root), CASES[case][4]

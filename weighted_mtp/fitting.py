@@ -14,8 +14,9 @@ from functools import lru_cache
 from omegaconf import OmegaConf
 
 from .config import apply_overrides
-from .estimate import LIMIT, extrapolated_step, memory_parts, with_overhead
+from .estimate import LIMIT, extrapolated_step
 from .files import UserError
+from .memory_formula import memory_parts, with_overhead
 from .model_sizes import architecture, as_attributes, count_parameters
 from .traced_memory import traced_memory
 

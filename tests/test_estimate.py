@@ -21,6 +21,7 @@ CASES = { # pipeline, model, training, length of samples, processes, more overri
     'baseline: selective checkpointing': (
         'baseline', 'hidden_size=256 n_layers=5 n_heads=8 n_future_tokens=2',
         'batch_size=8 gradient_checkpointing=true selective_checkpointing=true', 256, 1),
+    'baseline: packed': ('baseline', 'hidden_size=384 n_layers=2 n_heads=8', 'batch_size=4 packing=true', 256, 1),
     'baseline: LoRA': ('baseline', 'hidden_size=512 n_layers=2 n_heads=8 tuning=lora', 'batch_size=2', 256, 1),
     'baseline: heads alone': ('baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=frozen', 'batch_size=3', 256, 1),
     'critic: with logits': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1,
@@ -30,6 +31,7 @@ CASES = { # pipeline, model, training, length of samples, processes, more overri
                                    'critic.bce_weight=1'),
     'rho1: with reference': ('rho1', 'hidden_size=384 n_layers=1 n_heads=8', 'batch_size=3', 256, 1),
     'ntp: sharded over two': ('ntp', 'hidden_size=640 n_layers=3 n_heads=8', f'batch_size=2 {ACCUMULATE}', 128, 2),
+    'rho1: sharded over two': ('rho1', 'hidden_size=512 n_layers=2 n_heads=8', 'batch_size=2', 128, 2),
     'ntp: copied over two': ('ntp', 'hidden_size=640 n_layers=2 n_heads=8', 'batch_size=2', 128, 2, NO_SHARD)}
 
 def config_of(case, root): # the case's config, its files in `root`

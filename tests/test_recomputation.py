@@ -47,7 +47,8 @@ def test_selective_is_between_all_and_nothing(pipeline, tuning):
     nothing, second, products, everything = (activations(*how) for how in (
         ['gradient_checkpointing=false'], ['gradient_checkpointing=true', 'recompute_every=2'],
         ['gradient_checkpointing=true', 'selective_checkpointing=true'], ['gradient_checkpointing=true']))
-    assert everything < .5*products and products < .75*nothing and products < 1.2*second
+    assert everything < .5*products and products < .75*nothing
+    assert second < .75*nothing and products < 1.2*second
 
 def test_compiled_blocks_are_refused():
     with pytest.raises(UserError, match='training.selective_checkpointing cannot tell'):

@@ -1464,6 +1464,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'weighted_mtp/memory_formula.py'),
                                              'weighted_mtp.memory_formula.memory_sizes': ( 'launching/memory_formula.html#memory_sizes',
                                                                                            'weighted_mtp/memory_formula.py'),
+                                             'weighted_mtp.memory_formula.more_recomputation': ( 'launching/memory_formula.html#more_recomputation',
+                                                                                                 'weighted_mtp/memory_formula.py'),
                                              'weighted_mtp.memory_formula.optimizer_bytes': ( 'launching/memory_formula.html#optimizer_bytes',
                                                                                               'weighted_mtp/memory_formula.py'),
                                              'weighted_mtp.memory_formula.other_model_bytes': ( 'launching/memory_formula.html#other_model_bytes',

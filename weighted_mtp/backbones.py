@@ -146,8 +146,9 @@ class BackboneModel(PreTrainedModel):
         if self.packing is not None and attention_mask is not None:
             packing = make_packing(attention_mask, **self.packing)
             inputs = packed_inputs(packing, input_ids, self.attention)
-        self.positions_read += inputs['input_ids'].numel()
-        if attention_mask is not None: self.tokens_read = self.tokens_read + attention_mask.sum()
+        if self.training and torch.is_grad_enabled(): # not validation, nor a look ahead at losses
+            self.positions_read += inputs['input_ids'].numel()
+            if attention_mask is not None: self.tokens_read = self.tokens_read + attention_mask.sum()
         return inputs, packing
 
     def read(self, input_ids, attention_mask, backbone=None): # (B, T), a causal language model (default: its own)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from .config import total_steps
 from .files import UserError, project_root, read_json
-from .memory_formula import memory_parts, passes, with_overhead
+from .memory_formula import memory_parts, more_recomputation, passes, with_overhead
 from .model_sizes import (architecture, as_attributes, count_parameters, is_ratio, matrix_parameters,
                                       other_model)
 
@@ -167,7 +167,7 @@ class Estimate:
 def _memory_warnings(c, gb)->list: # sentences, of too large a run on a GPU
     t = c.training
     if gb <= LIMIT: return []
-    more = '' if t.gradient_checkpointing else ', or set training.gradient_checkpointing=true'
+    more = ''.join(f', or set {x}' for x in [' '.join(more_recomputation(t))] if x)
     return [f'About {gb:.0f} GB per GPU, more than the {LIMIT} GB of the preset: lower training.batch_size (now '
             f'{t.batch_size}) and raise training.gradient_accumulation_steps instead, or lower dataset.max_length (now '
             f'{c.dataset.max_length}){more}.']

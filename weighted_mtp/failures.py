@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil, torch
 import torch.distributed as dist
 
+from .memory_formula import more_recomputation
+
 # %% ../nbs/training/24_failures.ipynb #f18a0006
 def job_folder()->Path|None: # None: a single process
     "The folder that the ranks of a job share; torchrun makes a new one for every job."
@@ -119,7 +121,7 @@ def memory_advice(
     at = f' ({where()})' if where() else ''
     lower = smaller_choice(config)
     smaller = f"{lower[0]} with {lower[1]} (the effective batch stays)" if lower else f'dataset.max_length={length//2}'
-    other = '' if t.gradient_checkpointing else ', or set training.gradient_checkpointing=true'
+    other = ''.join(f', or set {x}' for x in [' '.join(more_recomputation(t))] if x)
     now = f"training.batch_size={t.batch_size} and dataset.max_length={length}"
     return f"Out of memory with {now}{at}.{_details(e)} Lower it to {smaller}{other}."
 
@@ -134,7 +136,7 @@ def next_try(
 )->list[str]: # Overrides; none where there is no next try
     "What to try after memory was full; noted for the other ranks."
     due = config.training.fit == 'auto' and in_first_step() and _TRIED not in os.environ
-    words, job = smaller_choice(config) if due else [], job_folder()
+    words, job = (smaller_choice(config) or more_recomputation(config.training)) if due else [], job_folder()
     if words and job: _claim(job/'again.json', json.dumps(dict(words=words, port=_free_port())))
     return words
 

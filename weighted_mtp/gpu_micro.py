@@ -41,7 +41,10 @@ VARIANTS = { # name -> (pipeline, overrides); the first two leave the checkpoint
     'rho1, accumulated': ('rho1', ('training.gradient_accumulation_steps=2',)),
     'baseline, packed': ('baseline', ('training.packing=true',)),
     'critic, packed': ('critic', ('training.packing=true',)),
-    'verifiable, credit, packed': ('verifiable', ('training.packing=true',))}
+    'verifiable, credit, packed': ('verifiable', ('training.packing=true',)),
+    'baseline, LoRA, packed, selective': ('baseline', ('model.tuning=lora', 'model.lora.dropout=0', 'model.lora.r=8',
+                                                       'training.packing=true', 'training.gradient_checkpointing=true',
+                                                       'training.selective_checkpointing=true'))}
 STEPS = 3
 
 def micro_config(

@@ -327,10 +327,12 @@ def train(
             due = saves and (trainer.step % every == 0 or trainer.step == trainer.max_steps)
             for call in trainer.on_step: call(trainer)
             if trainer.step % t.log_every == 0: log_training(trainer, norm, lr)
+            paused = time.monotonic()
             if due:
                 evaluate(trainer)
                 note_best(trainer)
             if due or saves and stopped: save_epoch_checkpoint(trainer)
+            trainer.window.began += time.monotonic() - paused # that is no time of training
             if stopped: break
         if trainer.step > first: _log_summary(trainer, trainer.step - first, time.monotonic() - began)
         if saves: trainer.saver.wait()

@@ -303,14 +303,18 @@ def extra_bytes(
     gpu:bool=True,
 )->dict: # kind -> bytes of a rank
     "What `deep_peak` does not see."
-    s, (_, other) = _sizes(config, ngpus, gpu), frozen_model(config, _sizes(config, ngpus, gpu).dtype)
+    s = _sizes(config, ngpus, gpu)
+    frozen, other = frozen_model(config, s.dtype)
     model = empty_model(config, backbone_config(config.model), s.dtype)
     def numel(ps): return sum(p.numel() for p in ps)
     blocks = [(numel(b.parameters()), numel(p for p in b.parameters() if p.requires_grad)) for b in model.blocks]
     total, (block, trained) = numel(model.parameters()), max(blocks)
     width, rest = 2 if s.half else 4, total - sum(n for n, _ in blocks)
-    found = {'other model': other}
+    found = {'other model': other/s.shards}
     if s.shards > 1: found |= {'gathered': width*(rest + 2*block), 'gradients in transit': 2*4*trained}
+    if s.shards > 1 and frozen is not None: # has two blocks of each of its models
+        inside = [numel(b.parameters()) for b in frozen.blocks]
+        found['other model'] += width*(numel(frozen.parameters()) - sum(inside) + 2*max(inside))
     if s.copies > 1: found['buckets'] = 4*numel(p for p in model.parameters() if p.requires_grad)
     return {k: n for k, n in found.items() if n}
 

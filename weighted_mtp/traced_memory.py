@@ -96,7 +96,8 @@ def traced_memory(
     "Peak memory of a step, by running the real model without numbers."
     config = config if OmegaConf.is_config(config) else OmegaConf.create(config)
     if why := _why_not(config): return [None]*len(settings), why
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    try: cache_folder().mkdir(parents=True, exist_ok=True)
+    except OSError as e: return [None]*len(settings), f'{cache_folder()}: {e.strerror}'
     keys = [memory_key(apply_overrides(config, overrides), ngpus, gpu) for overrides in settings]
     files = [cache_folder()/f'{k}.json' for k in keys]
     plain = OmegaConf.to_container(config, resolve=True)

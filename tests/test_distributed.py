@@ -14,6 +14,7 @@ ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
 CRITICS = ('critic', 'critic-bce', 'critic-lora', 'critic-mlp') # ratio, unless the name says otherwise
+CUT = (*PIPELINES, 'verifiable-gae', *CRITICS[1:]) # trained in micro-batches of several sizes, on one and two ranks
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.backbone=micro', 'model.hidden_size=32',
          'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
@@ -68,7 +69,8 @@ from weighted_mtp.runs import is_main, load_parts, prepare
 from weighted_mtp.sharding import full_tensor
 out, overrides = sys.argv[1], sys.argv[2:]
 found = {}
-VARIANTS = {'critic-bce': ['critic.bce_weight=0.5'],
+VARIANTS = {'verifiable-gae': ['training.weighting=gae'],
+            'critic-bce': ['critic.bce_weight=0.5'],
             'critic-lora': ['model.tuning=lora', 'model.lora.dropout=0', 'model.backbone=backbone',
                             'training.gradient_checkpointing=true'],
             'critic-mlp': ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1',
@@ -97,12 +99,12 @@ for name in %r:
     found[name] = dict(grads=torch.stack(grads), logs=logs, held=held/total, evaluated=evaluate(trainer),
                        items=[len(objective.data)], moments=moments and moments.state_dict())
 if is_main(): torch.save(found, out)
-''' % ((*PIPELINES, *CRITICS[1:]),)
+''' % (CUT,)
 
 def cut(batch, accum): return [f'training.batch_size={batch}', f'training.gradient_accumulation_steps={accum}']
 PACKED = 'training.packing=true' # rows of dataset.max_length without padding: the same numbers
 CUTS = {'one 1 x 24': (1, cut(24, 1)), 'one 3 x 8, packed': (1, [*cut(8, 3), PACKED]),
-        'two 3 x 4, sharded': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=FULL_SHARD']),
+        'two 3 x 4, sharded, packed': (2, [*cut(4, 3), PACKED, 'distributed.fsdp.sharding_strategy=FULL_SHARD']),
         'two 3 x 4, DDP, packed': (2, [*cut(4, 3), PACKED, 'distributed.fsdp.sharding_strategy=NO_SHARD'])}
 STILL = ['training.max_steps=3', 'training.learning_rate=1e-9', 'training.head_learning_rate=1e-9',
          'training.max_grad_norm=1e9']
@@ -120,7 +122,7 @@ def steps(root):
         found[name] = torch.load(out, weights_only=True)
     return found
 
-@pytest.mark.parametrize('pipeline', (*PIPELINES, *CRITICS[1:]))
+@pytest.mark.parametrize('pipeline', CUT)
 @pytest.mark.parametrize('name', list(CUTS)[1:])
 def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     want, got = steps['one 1 x 24'][pipeline], steps[name][pipeline]
@@ -134,6 +136,39 @@ def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     for k, w in want['evaluated'].items():
         assert k in skipped or got['evaluated'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
     if want['moments']: torch.testing.assert_close(got['moments'], want['moments'])
+
+REDUCED = '''
+import sys
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from weighted_mtp.config import load_config
+from weighted_mtp.loop import make_trainer, train
+from weighted_mtp.policies import OBJECTIVES
+from weighted_mtp.runs import is_main, load_parts, prepare
+c = load_config('configs/baseline/baseline_micro.yaml', sys.argv[1:])
+prepare(c)
+trainer, found, scatter = make_trainer(OBJECTIVES['baseline'](c, *load_parts(c)), c), [], dist.reduce_scatter_single
+def hook(group, bucket): # of DDP's gradients
+    found.append('bucket')
+    return allreduce_hook(group, bucket)
+def scattered(*args, **kwargs): # FSDP's
+    found.append('block')
+    return scatter(*args, **kwargs)
+dist.reduce_scatter_single = scattered
+if hasattr(trainer.wrapped, 'register_comm_hook'): trainer.wrapped.register_comm_hook(None, hook)
+train(trainer, progress=False)
+if is_main(): print('reduced', len(found))
+'''
+
+@pytest.mark.parametrize('strategy', ['FULL_SHARD', 'NO_SHARD'])
+def test_gradients_are_reduced_once_a_step(root, strategy):
+    (root/'reduced.py').write_text(REDUCED)
+    def reduced(batch, accum):
+        done = shell(root, 'reduced.py', *SMALL, *cut(batch, accum), 'training.max_steps=2',
+                     f'distributed.fsdp.sharding_strategy={strategy}', n=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return int(done.stdout.split('reduced ')[1].split()[0])
+    assert reduced(4, 3) == reduced(12, 1) > 0
 
 def test_sharding_spreads_the_parameters(steps):
     for name in CUTS:

@@ -2709,6 +2709,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'weighted_mtp/state_folder.py'),
                                            'weighted_mtp.state_folder._Contents.find_class': ( 'training/state_folder.html#_contents.find_class',
                                                                                                'weighted_mtp/state_folder.py'),
+                                           'weighted_mtp.state_folder._free_memory': ( 'training/state_folder.html#_free_memory',
+                                                                                       'weighted_mtp/state_folder.py'),
                                            'weighted_mtp.state_folder._say_why': ( 'training/state_folder.html#_say_why',
                                                                                    'weighted_mtp/state_folder.py'),
                                            'weighted_mtp.state_folder.contents': ( 'training/state_folder.html#contents',

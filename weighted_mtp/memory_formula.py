@@ -10,8 +10,7 @@ __all__ = ['RECOMPUTATION', 'LEVELS', 'FIXED', 'SCATTERED', 'passes', 'memory_si
 # %% ../nbs/launching/21_memory_formula.ipynb #a1754593
 from types import SimpleNamespace
 
-from .model_sizes import (block_parameters, count_parameters, inference_parameters, is_ratio, other_model,
-                                      rest_parameters)
+from .model_sizes import count_parameters, inference_parameters, is_ratio, other_model, rest_parameters
 
 # %% ../nbs/launching/21_memory_formula.ipynb #16d0e201
 def passes(c): return 2 if is_ratio(c) and c.critic.bce_weight else 1 # models that read each solution in training
@@ -47,10 +46,10 @@ def optimizer_bytes(s):
     return 2*s.p.trainable*4/s.shards
 
 def other_model_bytes(s):
-    "A GPU's share of the frozen critic or reference, and what it gathers for the moment."
+    "A GPU's share of the frozen critic or reference, and what stays gathered outside of its blocks."
     other, width = other_model(s.c, s.a), 2 if s.gpu else 4
     if other is None: return 0
-    gathered = getattr(other, 'copies', 1)*rest_parameters(other) + 2*block_parameters(other) if s.shards > 1 else 0
+    gathered = getattr(other, 'copies', 1)*rest_parameters(other) if s.shards > 1 else 0
     return width*(inference_parameters(other)/s.shards + gathered)
 
 # %% ../nbs/launching/21_memory_formula.ipynb #fcf1f4b4

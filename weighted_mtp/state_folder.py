@@ -7,6 +7,7 @@ __all__ = ['FACTS', 'part_of', 'discard', 'WholeFolder', 'FolderReader', 'conten
 
 # %% ../nbs/training/23_state_folder.ipynb #0d2997d2
 import copy, os, pickle, shutil, warnings
+from contextlib import suppress
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path, PurePath
@@ -101,13 +102,20 @@ def read_facts(
     return torch.load(Path(folder)/FACTS, map_location='cpu', weights_only=True)
 
 # %% ../nbs/training/23_state_folder.ipynb #5526249f
+def _free_memory(): # bytes that this machine, or its container, has left
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError): # no limit: 'max'
+        limit, used = (int(Path('/sys/fs/cgroup', name).read_text()) for name in ('memory.max', 'memory.current'))
+        free = min(free, limit - used)
+    return free
+
 def has_room(
     tensors, # As this rank holds them
 )->bool: # Whether copies, of all processes of this machine, take less than half of its free memory
     "Whether there is memory for a copy."
     local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return here * sum(t.numel()*t.element_size() for t in local) < psutil.virtual_memory().available/2
+    return here * sum(t.numel()*t.element_size() for t in local) < _free_memory()/2
 
 class Saver:
     "Writes one state at a time, behind the back of training. Collective: make, use and call it on all ranks."

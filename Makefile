@@ -24,7 +24,8 @@ test: .venv/.installed ## Everything CI runs: packages, lint, notebooks, pytest 
 	$(BIN)/python -m pip check
 	$(BIN)/ruff check -q weighted_mtp tests docs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) nbdev-test --n-workers 2 --timing
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 40
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(ONE_THREAD) python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+		--durations 40
 
 # A thread each: threads that wait by spinning slow a busy machine down tenfold. Three at a time: many tests wait for others
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE

@@ -23,9 +23,9 @@ def test_it_saw_no_problem_of_the_embedded_default():
     "By id and by text: neither what pipelines tune on, nor validation and test, nor what the comparison is judged by."
     _, n, seed = recipe()
     seen = make_problems(n + n//15, seed, half='base')
-    compared = make_problems(6000 + 2*2000, 0, half='tune') # the embedded default's are the first 6800 of them
-    first = make_problems(500, 0, half='tune')
-    assert [p.problem_id for p in first] == [p.problem_id for p in compared[:500]]
+    default = make_problems(6000 + 2*400, 0, half='tune') # of `make_dataset`; the comparison's begin with the same
+    compared = make_problems(6000 + 2*2000, 0, half='tune')
+    assert [p.problem_id for p in default] == [p.problem_id for p in compared[:len(default)]]
     ids, texts = {p.problem_id for p in seen}, {p.instruction for p in seen}
     assert len(ids) == len(seen) and not ids & {p.problem_id for p in compared}
     assert not texts & {p.instruction for p in compared}

@@ -19,8 +19,7 @@ from .files import UserError, project_root, read_json
 from .model_sizes import architecture, as_attributes, other_model
 
 # %% ../nbs/launching/18_traced_memory.ipynb #1687884b
-_TRAINING = ('batch_size', 'gradient_checkpointing', 'recompute_every', 'selective_checkpointing', 'weighting',
-             'packing')
+_TRAINING = ('batch_size', 'gradient_checkpointing', 'recompute_every', 'selective_checkpointing', 'weighting')
 
 def _sources(module='step_memory')->dict: # name -> text of a module and of all that it imports from this package
     package, found, todo = Path(files.__file__).parent, {}, [module]

@@ -9,13 +9,13 @@ __all__ = ['BEST', 'FINAL', 'RESUMABLE_KEYS', 'epoch_checkpoints', 'epoch_name',
 
 # %% ../nbs/training/05_checkpoints.ipynb #05000003
 import json, random
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch, yaml
 from accelerate.utils import gather_object
 
+from . import __version__
 from .config import to_yaml
 from .files import flatten
 from .models import read_checkpoint, save_checkpoint
@@ -72,7 +72,7 @@ def run_facts(trainer)->dict:
     "What every checkpoint says of its run and of this step."
     c = trainer.config
     return dict(**trainer.objective.checkpoint_facts(), pipeline=c.pipeline, config=to_yaml(c), step=trainer.step,
-                epoch=trainer.epoch, metrics=trainer.metrics, code_version=version('weighted-mtp'))
+                epoch=trainer.epoch, metrics=trainer.metrics, code_version=__version__)
 
 def resume_facts(trainer)->dict:
     "What it takes to resume from this step, besides tensors of model and optimizer. Collective: call on all ranks."

@@ -34,6 +34,7 @@ PARTS = (
     Part('micro_cpu', 'All pipelines in float32, on the CPU', 'weighted_mtp.gpu_micro:micro_cpu', 30, 150),
     Part('micro_gpu', 'All pipelines in float32, on the GPU', 'weighted_mtp.gpu_micro:micro_gpu', 30, 200),
     Part('policy', '7B policy, LoRA: steps', 'weighted_mtp.gpu_speed:policy', 90, 300),
+    Part('compiled', '7B policy, LoRA, its blocks compiled: steps', 'weighted_mtp.gpu_speed:compiled', 120, 300),
     Part('critic', '2.7B ratio critic, LoRA: steps', 'weighted_mtp.gpu_speed:critic', 60, 240),
     Part('loss', 'Multi-token loss', 'weighted_mtp.gpu_speed:loss', 20, 90),
     Part('resume_first', 'A run in one go, and its first half', 'weighted_mtp.gpu_micro:resume_first', 30, 120),
@@ -142,13 +143,15 @@ def stacked_bars(
     return (f'<svg viewBox="0 0 760 {26*len(rows)}" style="max-width:100%;font:13px sans-serif">{"".join(shapes)}</svg>'
             f'<p>{legend}</p>')
 
+_STEPS = 'policy', 'compiled', 'critic'
+
 def _step_rows(parts): # where the time of a step goes
-    steps = {k: parts[k]['figures'] for k in ('policy', 'critic') if parts.get(k, {}).get('figures')}
+    steps = {k: parts[k]['figures'] for k in _STEPS if parts.get(k, {}).get('figures')}
     def row(f): return {kind: f['kinds'].get(kind, 0)*f['step_seconds'] for kind in (*KINDS, 'other')}
     return {k: row(f) for k, f in steps.items()}
 
 def _memory_rows(parts): # planned beside measured
-    rooms = {k: parts[k]['figures']['memory'] for k in ('policy', 'critic') if parts.get(k, {}).get('figures')}
+    rooms = {k: parts[k]['figures']['memory'] for k in _STEPS if parts.get(k, {}).get('figures')}
     pairs = [((f'{k}, planned', r['predicted_parts']), (f'{k}, measured', {'measured': r['measured_gb']}))
              for k, r in rooms.items()]
     return dict(x for pair in pairs for x in pair)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'PROGRAM', 'machine_speed', 'loss_case', 'loss', 'model_flops', 'recomputed_flops', 'StepClock',
            'planned_memory', 'speed_figures', 'planned_settings', 'timed_steps', 'production_steps', 'policy', 'critic',
-           'decode_ways', 'decoding', 'sandbox']
+           'compiled', 'decode_ways', 'decoding', 'sandbox']
 
 # %% ../nbs/gpu_check/04_gpu_speed.ipynb #07300f5d
 import time
@@ -117,7 +117,8 @@ def recomputed_flops(
 class StepClock:
     "Times and documents of a trainer's steps."
     def __init__(self, trainer, until=float('inf')):
-        self.ends, self.documents, self.positions, self.until = [], [[]], [], until
+        self.began, self.ends, self.documents, self.positions = time.perf_counter(), [], [[]], []
+        self.until = until
         self.stack, self.loss = ExitStack(), trainer.objective.loss
         self.profile = SimpleNamespace(kinds={}, kernels=[]) # of the last step, if it comes to that
         trainer.objective.loss = self.count
@@ -141,13 +142,15 @@ class StepClock:
         try: self.profile = self.stack.enter_context(profile())
         except RuntimeError as e: print(f'no profile: {one_line(e)}')
 
-    def counted(self)->SimpleNamespace: # seconds, steps, lengths, positions of the steps between the first and the last
+    def counted(self)->SimpleNamespace: # seconds, steps, lengths, positions; each: seconds of every step
         "What the timed steps did. Raises `RuntimeError` where there was no time for any."
-        n = len(self.ends)
+        n, times = len(self.ends), [self.began, *self.ends]
         if n < 3: raise RuntimeError(f'only {n} steps were done in the time there was')
-        lengths = [x for step in self.documents[1:n-1] for batch in step for x in batch.tolist()]
-        return SimpleNamespace(seconds=self.ends[n-2] - self.ends[0], lengths=lengths, steps=n-2,
-                               positions=self.positions[n-2] - self.positions[0])
+        first = min(3, n-2) # not counted
+        lengths = [x for step in self.documents[first:n-1] for batch in step for x in batch.tolist()]
+        return SimpleNamespace(seconds=self.ends[n-2] - self.ends[first-1], lengths=lengths, steps=n-1-first,
+                               positions=self.positions[n-2] - self.positions[first-1],
+                               each=[b - a for a, b in zip(times, times[1:])])
 
 def planned_memory(config)->dict: # predicted_gb, predicted_parts, formula_gb, basis
     "What the plan says of a config on this device: by a traced step, as for a launch, and by the formula beside it."
@@ -178,23 +181,24 @@ def speed_figures(config, counted, peak)->dict: # peak: operations a second, or 
     hardware = model + again*recomputed_flops(terms)/counted.seconds
     planned = flops_per_token(c, architecture(c.model), 1, mean)*tokens/counted.seconds
     return dict(
-        step_seconds=counted.seconds/counted.steps, tokens_per_second=tokens/counted.seconds,
+        step_seconds=counted.seconds/counted.steps, seconds_of_steps=counted.each, tokens_per_second=tokens/counted.seconds,
         documents=len(counted.lengths), mean_length=mean, padding_share=1 - tokens/counted.positions,
         model_flops_of_a_step={k: v/counted.steps for k, v in terms.items()},
         model_tflops=model/1e12, hardware_tflops=hardware/1e12,
         achieved_flops=planned, mfu=model/peak if peak else None, hfu=hardware/peak if peak else None)
 
-def planned_settings(file)->list[str]: # `key=value`
-    "What `training.fit: auto` chooses for this machine, whatever the config says."
-    if device() == 'cpu' and local_memory(): return [] # a dry run beside a GPU
-    return fit_overrides(load_config(project_root()/'configs'/file, ['training.fit=auto']), (), 1, 'local')[0]
+def planned_settings(file, *overrides)->list[str]: # `key=value`
+    "What `training.fit: auto` chooses for this machine, whatever the config says; and the overrides."
+    if device() == 'cpu' and local_memory(): return [*overrides] # a dry run beside a GPU
+    config = load_config(project_root()/'configs'/file, ['training.fit=auto', *overrides])
+    return [*overrides, *fit_overrides(config, (), 1, 'local')[0]]
 
 def timed_steps(
     setting:Setting, file, name, # As `true_objective` takes them
     *overrides,
 )->dict: # figures, goals
     "Train some steps of a production config."
-    steps = setting.size(6, 3)
+    steps = setting.size(12, 3)
     config, objective = true_objective(setting, file, name, steps, *overrides)
     plan = planned_memory(config)
     with memory_peak() as memory:
@@ -211,16 +215,17 @@ def timed_steps(
 
 def production_steps(
     setting:Setting, file, name, # As `true_objective` takes them
+    *overrides,
 )->dict: # figures, goals
     "As planned for this machine; where that is too much for it, half the micro-batch with all blocks recomputed."
-    planned = planned_settings(file)
+    planned = planned_settings(file, *overrides)
     try:
         found, fits = timed_steps(setting, file, name, *planned), 1
     except torch.OutOfMemoryError as e: problem = one_line(e)
     else: return dict(found, goals=[*found['goals'], goal('the planned settings fit', fits, 'at least', 1)])
     release_cached_memory() # the traceback that held the tensors is gone
     t = load_config(project_root()/'configs'/file, planned).training
-    found = timed_steps(setting, file, name, f'training.batch_size={max(1, t.batch_size//2)}',
+    found = timed_steps(setting, file, name, *overrides, f'training.batch_size={max(1, t.batch_size//2)}',
                         f'training.gradient_accumulation_steps={2*t.gradient_accumulation_steps}',
                         'training.gradient_checkpointing=true', 'training.selective_checkpointing=false')
     goals = [*found['goals'], goal('the planned settings fit', 0, 'at least', 1)]
@@ -229,6 +234,9 @@ def production_steps(
 # %% ../nbs/gpu_check/04_gpu_speed.ipynb #a781a64a
 def policy(setting:Setting)->dict: return production_steps(setting, 'baseline/baseline.yaml', 'policy')
 def critic(setting:Setting)->dict: return production_steps(setting, 'critic/critic_1gpu.yaml', 'critic')
+def compiled(setting:Setting)->dict:
+    "The policy with its blocks compiled."
+    return production_steps(setting, 'baseline/baseline.yaml', 'policy', 'training.compile=true')
 
 # %% ../nbs/gpu_check/04_gpu_speed.ipynb #2923e483
 PROMPTS = [format_prompt(f'Return {what}.') for what in (

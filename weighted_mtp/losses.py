@@ -7,6 +7,9 @@ __all__ = ['mtp_counts', 'mtp_loss', 'mtp_cross_entropy', 'mtp_token_cross_entro
            'survival_counts', 'survival_loss']
 
 # %% ../nbs/training/02_losses.ipynb #e0a82567
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -28,6 +31,22 @@ def _nll_(
     top, hit = logits.amax(1, keepdim=True), logits.gather(1, ids)
     total = logits.sub_(top).exp_().sum(1, keepdim=True)
     return total.log() + (top - hit), total
+
+# %% ../nbs/training/02_losses.ipynb #43dcec31
+def _loss_and_slope(
+    logits, # (R, V) float32
+    ids, # (R, 1) targets
+    scale, # (R, 1) float32
+    dtype, # Of the slope
+): # Losses (R, 1) float32, and their scaled derivatives by the logits (R, V)
+    top = logits.amax(1, keepdim=True)
+    p = (logits - top).exp()
+    total = p.sum(1, keepdim=True)
+    at_target = torch.arange(logits.shape[1], device=logits.device) == ids
+    return total.log() + top - logits.gather(1, ids), (scale*(p/total - at_target.float())).to(dtype)
+
+@cache
+def _compiled_loss_and_slope(): return torch.compile(_loss_and_slope)
 
 # %% ../nbs/training/02_losses.ipynb #5054c886
 def _factor_dtype(hidden, unembedding): # dtype of the products' factors
@@ -74,18 +93,21 @@ class _MTPCrossEntropy(torch.autograd.Function):
         size = _chunk_rows(*us[0].shape)
         buffer = us[0].new_empty(min(size, len(rows)), len(us[0]), dtype=full)
         of_hidden = _hidden_rows(rows, places, valid.shape[-1])
+        in_passes = any(need) and not need_bias and softcap is None and buffer.is_cuda and find_spec('triton')
         for i, at, y, c in zip(*(x.split(size) for x in (rows, of_hidden, ids, scale))):
             xs, p = [h[at].to(factor) for h in hs], buffer[:len(at)]
             _logits_(p, xs, us, logit_scale, bias)
-            slope = None if softcap is None else _softcap_(p, softcap)
-            loss, total = _nll_(p, y)
+            if in_passes: loss, g = _compiled_loss_and_slope()(p, y, c*logit_scale, factor)
+            else:
+                slope = None if softcap is None else _softcap_(p, softcap)
+                loss, total = _nll_(p, y)
+                if need_bias or any(need): # scale (softmax - onehot)
+                    g = p.mul_(c/total).scatter_add_(1, y, -c)
+                    if slope is not None: g.mul_(slope)
+                    if logit_scale != 1: g.mul_(logit_scale)
+                    if grad_b is not None: grad_b += g.sum(0)
+                    g = g.to(factor)
             losses[i] = loss.float()
-            if not (need_bias or any(need)): continue
-            g = p.mul_(c/total).scatter_add_(1, y, -c) # scale (softmax - onehot)
-            if slope is not None: g.mul_(slope)
-            if logit_scale != 1: g.mul_(logit_scale)
-            if grad_b is not None: grad_b += g.sum(0)
-            g = g.to(factor)
             for x, u, grad_h, grad_u in zip(xs, us, grad_hs, grad_us):
                 if grad_u is not None: _addmm_(grad_u, g.T, x)
                 if grad_h is not None: grad_h[at] = torch.mm(g, u, out=x).to(grad_h.dtype) # x is no longer needed

@@ -52,13 +52,13 @@ class Packing:
 def make_packing(
     attention_mask, # (B, T) 1 on tokens
     capacity:int|None=None, # Tokens of a row (None: one row for all)
-    full_rows:bool=False, # Rows as long as `capacity`, not as the fullest of them
+    multiple:int=1, # Of which the length of a row is one
 )->Packing:
     "Pack a batch, first fit decreasing. Waits for the device: lengths have to be known."
     mask, device = attention_mask.bool(), attention_mask.device
     lengths = mask.sum(1).tolist()
     places, fills = first_fit_decreasing(lengths, capacity or sum(lengths))
-    L = max([*fills, 1, capacity if full_rows else 1])
+    L = -(-max([*fills, 1])//multiple)*multiple
     starts = torch.tensor([row*L + first for row, first in places], device=device)
     position = mask.cumsum(1) - 1
     at = mask.flatten().nonzero().squeeze(1)
@@ -68,6 +68,8 @@ def make_packing(
     return Packing(tuple(mask.shape), positions, at, to)
 
 # %% ../nbs/models/15_packing.ipynb #15d00012
+_BLOCK = 128 # Tokens: a side of FlexAttention's blocks
+
 def packed_attention(
     dtype=torch.float32, # What products are computed in
 )->str: # As transformers names it
@@ -82,7 +84,7 @@ def packed_rows(
 )->dict: # Keywords of `make_packing`
     "What rows are best for an attention."
     if attention.startswith('flash'): return dict(capacity=None)
-    return dict(capacity=max_length, full_rows=attention == 'flex_attention')
+    return dict(capacity=None, multiple=_BLOCK) if attention == 'flex_attention' else dict(capacity=max_length)
 
 def document_borders(
     positions, # (R, L), from 0 in each document

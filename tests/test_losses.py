@@ -61,7 +61,7 @@ def reference_gradients(hidden, unembedding, *rest): # of the definition, in flo
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('n', (1, 2, 3, 4))
 def test_agrees_with_the_definition(kind, dtype, n, monkeypatch):
-    monkeypatch.setattr(losses, '_chunk_rows', lambda V, D: 7) # several chunks, the last one not full
+    monkeypatch.setattr(losses, '_chunk_rows', lambda *_: 7) # several chunks, the last one not full
     for seed in range(2):
         h, u, y, w = example(n=n, kind=kind, dtype=dtype, seed=seed)
         want, grad_h, grad_u = reference_gradients(h, u, y, w)
@@ -251,7 +251,7 @@ def test_a_head_of_any_kind_holds_no_more():
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_a_head_of_every_kind_agrees(dtype, monkeypatch):
     "Scale, cap, bias and adapter at once, in several chunks, against plain logits; and where nothing has a target."
-    monkeypatch.setattr(losses, '_chunk_rows', lambda V, D: 7)
+    monkeypatch.setattr(losses, '_chunk_rows', lambda *_: 7)
     h, u, y, w = example(dtype=dtype)
     g = torch.Generator().manual_seed(1)
     z, f, b = (torch.randn(s, generator=g).to(dtype) for s in ((5, 11, 4, 2), (23, 2), 23))

@@ -159,6 +159,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'weighted_mtp/backbones.py'),
                                         'weighted_mtp.backbones.BackboneModel.blocks': ( 'models/backbones.html#backbonemodel.blocks',
                                                                                          'weighted_mtp/backbones.py'),
+                                        'weighted_mtp.backbones.BackboneModel.compile_blocks': ( 'models/backbones.html#backbonemodel.compile_blocks',
+                                                                                                 'weighted_mtp/backbones.py'),
                                         'weighted_mtp.backbones.BackboneModel.compute_logits': ( 'models/backbones.html#backbonemodel.compute_logits',
                                                                                                  'weighted_mtp/backbones.py'),
                                         'weighted_mtp.backbones.BackboneModel.decoder_inputs': ( 'models/backbones.html#backbonemodel.decoder_inputs',

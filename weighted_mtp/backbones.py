@@ -126,6 +126,12 @@ class BackboneModel(PreTrainedModel):
     def blocks(self)->list: # what is sharded, and recomputed, one at a time
         return [*self.backbone.get_decoder().layers, *getattr(self, 'extra_heads', ())]
 
+    def compile_blocks(self):
+        "Have norms, projections and MLPs compiled from now on; equal ones share it. Attention brings its own kernels."
+        for m in (m for block in self.blocks for m in block.children()):
+            is_attention = getattr(m, 'layer_idx', None) is not None
+            for part in m.children() if is_attention else [m]: part.compile()
+
     def use_packing(self,
         max_length:int, # Of a row, in tokens
         dtype=torch.float32, # What products are computed in

@@ -48,8 +48,8 @@ def _products_alone(
     unembedding, # (V, D)
     trained:bool, # Whether the unembedding has a gradient, too
 ):
-    "The loss's matrix products in chunks of D/4 rows, as `losses.mtp_loss` has them, and nothing else."
-    (V, D), size = unembedding.shape, max(1, rows.shape[1]//4)
+    "The loss's matrix products in chunks of D/2 rows, as `losses.mtp_loss` has them, and nothing else."
+    (V, D), size = unembedding.shape, max(1, rows.shape[1]//2)
     logits = rows.new_empty(size, V, dtype=torch.float32)
     slopes, out = torch.randn_like(logits).to(rows.dtype), rows.new_empty(size, D) # zeros would be faster
     gradient = torch.zeros(V, D, dtype=torch.float32, device=rows.device) if trained else None
@@ -120,7 +120,7 @@ class StepClock:
         self.began, self.ends, self.documents, self.positions = time.perf_counter(), [], [[]], []
         self.until = until
         self.stack, self.loss = ExitStack(), trainer.objective.loss
-        self.profile = SimpleNamespace(kinds={}, kernels=[]) # of the last step, if it comes to that
+        self.profile = SimpleNamespace(kinds={}, kernels=[], seconds=0.) # of the last step, if it comes to that
         trainer.objective.loss = self.count
         trainer.on_step.append(self.end_step)
 
@@ -198,8 +198,8 @@ def timed_steps(
     *overrides,
 )->dict: # figures, goals
     "Train some steps of a production config."
-    steps = setting.size(12, 3)
-    config, objective = true_objective(setting, file, name, steps, *overrides)
+    steps = setting.size(9, 3)
+    config, objective = true_objective(setting, file, name, steps, f'training.log_every={steps}', *overrides)
     plan = planned_memory(config)
     with memory_peak() as memory:
         trainer = make_trainer(objective, config)
@@ -211,7 +211,7 @@ def timed_steps(
     goals = [goal('model FLOP utilisation (MFU)', speed['mfu'], 'at least', .45, judged=judged),
              goal('memory, off from the plan', abs(room['apart']), 'at most', .15, judged=judged)]
     return dict(figures=dict(settings=_settings(config, trainer.model), **speed, memory=room, kinds=where.kinds,
-                             kernels=where.kernels), goals=goals)
+                             kernels=where.kernels, busy=where.seconds/speed['seconds_of_steps'][-1]), goals=goals)
 
 def production_steps(
     setting:Setting, file, name, # As `true_objective` takes them
@@ -265,7 +265,7 @@ def decode_ways(model, tokenizer, prompts, new)->tuple: # figures by way; share 
 
 def decoding(setting:Setting)->dict:
     "Accepted tokens a pass, and speed, of `micro-base` (float32) and of a random model of 1B shape (bfloat16)."
-    prompts, new, tokenizer = PROMPTS[:setting.size(8, 2)], setting.size(128, 12), tokenizer_of_all()
+    prompts, new, tokenizer = PROMPTS[:setting.size(8, 2)], setting.size(64, 12), tokenizer_of_all()
     micro, equal = decode_ways(load_backbone(MICRO_BASE).to(device()).eval(), tokenizer, prompts, new)
     large = random_model(backbone_config(SHAPES[setting.size('decoding', 'dry')], 4),
                          torch.bfloat16 if device() == 'cuda' else torch.float32).eval()

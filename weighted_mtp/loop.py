@@ -126,8 +126,7 @@ def make_trainer(
     if not sharded: model.to(accelerator.device)
     keep_trained_in_float32(model)
     if t.packing: _pack_models(objective, config)
-    if t.compile: # block by block: equal ones share what was compiled
-        for block in model.blocks: block.compile()
+    if t.compile: model.compile_blocks()
     if sharded: shard(model, torch.bfloat16 if bf16 else None)
     if bf16: autocast_forward(model)
     if t.gradient_checkpointing: recompute_blocks(model, t.recompute_every, t.selective_checkpointing)

@@ -58,7 +58,8 @@ def _addmm_(out, a, b, beta=1, alpha=1): # out = beta*out + alpha*(a @ b), in ou
     more = {} if a.dtype == out.dtype else {'out_dtype': out.dtype} # CUDA only
     return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out, **more)
 
-def _chunk_rows(V, D): return max(1, D//4, 2**17//V) # logits: a quarter of the unembedding, at least 2**17 numbers
+def _chunk_rows(V, D, on_gpu): # logits: a quarter of the unembedding, half on a GPU; at least 2**17 numbers
+    return max(1, D//(2 if on_gpu else 4), 2**17//V)
 
 # %% ../nbs/training/02_losses.ipynb #5a1c0e02
 def _logits_(out, xs, us, scale=1., bias=None): # (R, V) out = scale*(sum of x @ u.T + bias)
@@ -90,7 +91,7 @@ class _MTPCrossEntropy(torch.autograd.Function):
         grad_b = torch.zeros_like(bias, dtype=full) if need_bias else None
         grad_hs = [torch.zeros_like(h) if x else None for h, x in zip(hs, need[::2])]
         grad_us = [torch.zeros_like(u, dtype=full) if x else None for u, x in zip(us, need[1::2])]
-        size = _chunk_rows(*us[0].shape)
+        size = _chunk_rows(*us[0].shape, valid.is_cuda)
         buffer = us[0].new_empty(min(size, len(rows)), len(us[0]), dtype=full)
         of_hidden = _hidden_rows(rows, places, valid.shape[-1])
         in_passes = any(need) and not need_bias and softcap is None and buffer.is_cuda and find_spec('triton')

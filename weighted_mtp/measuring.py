@@ -99,7 +99,7 @@ def kind_of(name:str)->str:
 
 @contextmanager
 def profile(): # filled at the end: kernels [(name, share of the time)], kinds {kind: share}, seconds
-    "Which kernels take the time inside, the largest twelve by name."
+    "Which kernels take the time inside, the largest thirty by name."
     from torch.profiler import ProfilerActivity
     found, cuda = SimpleNamespace(), torch.cuda.is_available()
     kinds = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
@@ -109,7 +109,7 @@ def profile(): # filled at the end: kernels [(name, share of the time)], kinds {
     times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in profiler.key_averages()}
     total, by_kind = sum(times.values()) or 1, {}
     for name, t in times.items(): by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0) + t/total
-    largest = sorted(times.items(), key=lambda x: -x[1])[:12]
+    largest = sorted(times.items(), key=lambda x: -x[1])[:30]
     found.kernels, found.kinds, found.seconds = [(k[:90], t/total) for k, t in largest], by_kind, total/1e6
 
 # %% ../nbs/gpu_check/01_measuring.ipynb #ce92c7ad

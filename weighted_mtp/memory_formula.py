@@ -111,7 +111,7 @@ def _working_bytes_of_loss(s):
     if s.keeps_logits and critic.head == 'first_error' and not critic.lm_weight: return features
     if s.keeps_logits: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)
     rows = s.tokens*s.p.heads
-    chunk = min(max(1, a.D//4, 2**17//a.vocab), rows) # as `losses.mtp_loss` cuts them
+    chunk = min(max(1, a.D//(2 if s.gpu else 4), 2**17//a.vocab), rows) # as `losses.mtp_loss` cuts them
     return rows*a.D*s.width + chunk*a.vocab*(4 if s.width == 4 else 6)
 
 def working_bytes(s):

@@ -125,7 +125,7 @@ class Training:
     max_grad_norm: float = setting(1.0, '(0, 1e9]') # Gradients are clipped to this norm
     # Read the solutions of a micro-batch in rows of dataset.max_length without padding; none sees another
     packing: bool = False
-    compile: bool = False # torch.compile for each block; the first steps take minutes
+    compile: bool = False # torch.compile of what a block has besides attention; the first steps take longer
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time
     recompute_every: int = setting(1, '[1, 1024]') # gradient_checkpointing: of every so many blocks one (1: all)
     # gradient_checkpointing: keep the results of matrix products and attention, recompute what lies between

@@ -77,6 +77,17 @@ def test_agrees_with_the_definition(kind, dtype, n, monkeypatch):
         assert_close(mine, token.float(), rtol=1e-5, atol=1e-6)
         assert ((mine == 0) == (token == 0)).all()
 
+@pytest.mark.parametrize('scale', (1., .25))
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_way_that_a_gpu_compiles_is_the_same(kind, scale, monkeypatch):
+    monkeypatch.setattr(losses, '_chunk_rows', lambda *_: 7)
+    h, u, y, w = example(n=3, kind=kind, dtype=torch.float32, seed=0)
+    want = gradients(lambda *x: mtp_cross_entropy(*x, logit_scale=scale), h, u, y, w)
+    monkeypatch.setattr(losses, '_compiling_pays', lambda logits: True)
+    monkeypatch.setattr(losses, '_compiled_loss_and_slope', lambda: losses._loss_and_slope)
+    monkeypatch.setattr(losses, '_nll_', None) # not this way
+    for a, b in zip(gradients(lambda *x: mtp_cross_entropy(*x, logit_scale=scale), h, u, y, w), want): near(a, b)
+
 @pytest.mark.parametrize('kind', ('target', 'source'))
 def test_normalizer(kind):
     h, u, y, w = example(kind=kind)

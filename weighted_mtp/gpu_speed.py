@@ -198,7 +198,7 @@ def timed_steps(
     *overrides,
 )->dict: # figures, goals
     "Train some steps of a production config."
-    steps = setting.size(9, 3)
+    steps = setting.size(8, 3)
     config, objective = true_objective(setting, file, name, steps, f'training.log_every={steps}', *overrides)
     plan = planned_memory(config)
     with memory_peak() as memory:

@@ -45,6 +45,9 @@ def _loss_and_slope(
     at_target = torch.arange(logits.shape[1], device=logits.device) == ids
     return total.log() + top - logits.gather(1, ids), (scale*(p/total - at_target.float())).to(dtype)
 
+def _compiling_pays(logits): # of a chunk
+    return logits.is_cuda and logits.numel() >= 2**24 and find_spec('triton') is not None
+
 @cache
 def _compiled_loss_and_slope(): return torch.compile(_loss_and_slope)
 
@@ -94,7 +97,7 @@ class _MTPCrossEntropy(torch.autograd.Function):
         size = _chunk_rows(*us[0].shape, valid.is_cuda)
         buffer = us[0].new_empty(min(size, len(rows)), len(us[0]), dtype=full)
         of_hidden = _hidden_rows(rows, places, valid.shape[-1])
-        in_passes = any(need) and not need_bias and softcap is None and buffer.is_cuda and find_spec('triton')
+        in_passes = any(need) and not need_bias and softcap is None and _compiling_pays(buffer)
         for i, at, y, c in zip(*(x.split(size) for x in (rows, of_hidden, ids, scale))):
             xs, p = [h[at].to(factor) for h in hs], buffer[:len(at)]
             _logits_(p, xs, us, logit_scale, bias)

@@ -17,6 +17,7 @@ from .models import build_policy, load_backbone, load_policy
 from .policy_objective import (PolicyObjective, batch_of_one, check_vocabulary, concat_padded, freeze,
                                            is_divided, known_weights, losses_ahead, problem_text, token_texts)
 from .pictures import choice_picture
+from .precision import compute_dtype
 from .sharding import is_sharded
 from .weighting import select_tokens, selected_count
 
@@ -25,6 +26,7 @@ def load_reference(
     path, # A checkpoint of `ref_tuning`, or a language model's folder
     tokenizer, # The policy's
     sharded=False, # Spread over all ranks, as the policy is. Collective, then
+    dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
 ): # A frozen policy of one head
     "The frozen reference of `rho1`. Raises `UserError` for one that cannot be used."
     if not path: raise UserError("rho1 needs a reference model: set experiment.reference_checkpoint.")
@@ -34,7 +36,7 @@ def load_reference(
     if Path(path).suffix == '.pt': model = load_policy(path, parts=sharded)
     else: model = load_backbone(path, key='experiment.reference_checkpoint', parts=sharded)
     check_vocabulary(path, tokenizer)
-    return freeze(build_policy(model, 1), sharded=sharded)
+    return freeze(build_policy(model, 1), dtype, sharded)
 
 def reference_by_head(
     ce, # (B, T) next-token losses of the reference: at t for x_{t+1}
@@ -49,7 +51,8 @@ class Rho1Objective(PolicyObjective):
     number = 'score' # what `token_numbers` are
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
-        self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer, is_sharded(config))
+        self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer, is_sharded(config),
+                                        compute_dtype(config.model))
 
     def select(self, policy_ce, reference_ce, mask): # (B, T, n) 1 selected, 0 not
         t = self.config.training

@@ -103,7 +103,10 @@ def traced_memory(
     missing = [(plain, list(o), ngpus, gpu, str(f)) for o, f in zip(settings, files) if _answer(f) is None]
     busy = any(p.poll() is None for p in _asked.values()) # one at a time, however fast a form is filled in
     if missing and wait is None: why = '`Plan.estimate()` traces one'
-    elif missing and wait: why = _wait(_start(missing), timeout)
+    elif missing and wait: # a process for every four cores
+        n = max(1, min(len(missing), (os.cpu_count() or 1)//4))
+        reasons = [_wait(p, timeout) for p in [_start(missing[i::n]) for i in range(n)]]
+        why = next(filter(None, reasons), None)
     elif missing:
         why = 'it is being worked out'
         if not busy: _asked.update(dict.fromkeys((f for *_, f in missing), _start(missing)))

@@ -17,6 +17,7 @@ from .models import read_checkpoint
 from .pictures import weights_picture
 from .policy_objective import (PolicyObjective, batch_of_one, is_divided, known_weights,
                                            losses_ahead, problem_text, token_texts)
+from .precision import compute_dtype
 from .schema import BY_CRITIC
 from .sharding import is_sharded
 from .weighting import (RunningMoments, advantage_weights, by_source, content_seeds, credit_weights,
@@ -111,7 +112,8 @@ class VerifiableObjective(PolicyObjective):
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
         self.how, path = config.training.weighting, config.experiment.critic_checkpoint
-        self.critic = load_critic(path, tokenizer, is_sharded(config)) if self.how in BY_CRITIC else None
+        how = is_sharded(config), compute_dtype(config.model)
+        self.critic = load_critic(path, tokenizer, *how) if self.how in BY_CRITIC else None
         if self.how == 'oracle': check_critical(self.data, config.dataset.train)
         self.moments = RunningMoments(config.training.moments_momentum)
         self.steps, self.mean = 0, None # done; the mean that weights were last divided by

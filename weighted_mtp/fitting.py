@@ -23,6 +23,7 @@ from .traced_memory import traced_memory
 SHARE = 0.92 # Of a GPU's memory that a prediction may fill
 # Assumed: seconds that a micro-batch costs besides its operations; bytes a second that a rank gathers weights at
 _START, _GATHER_SPEED = 0.02, 150e9
+_LAUNCH = 0.0094 # Seconds a block for which a CPU launches kernels, measured beside an H100 (nbs/studies/gpu)
 BATCH, ACCUM = 'training.batch_size', 'training.gradient_accumulation_steps'
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def _step_seconds(
     config, # A loaded config
     ngpus:int=1,
 )->float:
-    "Of a step: its operations, and what each micro-batch costs besides."
+    "Of a step: its operations, or launching them where that takes longer; and what each micro-batch costs besides."
     c = as_attributes(config)
     a = architecture(c.model)
-    besides = c.training.gradient_accumulation_steps*_micro_batch_seconds(c, a, ngpus)
-    return extrapolated_step(c, a, ngpus, True)[0] + besides
+    n, launching = c.training.gradient_accumulation_steps, _LAUNCH*count_parameters(c, a).blocks
+    return n*(max(extrapolated_step(c, a, ngpus, True)[0]/n, launching) + _micro_batch_seconds(c, a, ngpus))
 
 def all_choices(
     config, # A loaded config

@@ -142,7 +142,7 @@ class StepClock:
         try: self.profile = self.stack.enter_context(profile())
         except RuntimeError as e: print(f'no profile: {one_line(e)}')
 
-    def counted(self)->SimpleNamespace: # seconds, steps, lengths, positions; each: seconds of every step
+    def counted(self)->SimpleNamespace: # seconds, steps, lengths, positions; each, tokens: of every step
         "What the timed steps did. Raises `RuntimeError` where there was no time for any."
         n, times = len(self.ends), [self.began, *self.ends]
         if n < 3: raise RuntimeError(f'only {n} steps were done in the time there was')
@@ -150,7 +150,8 @@ class StepClock:
         lengths = [x for step in self.documents[first:n-1] for batch in step for x in batch.tolist()]
         return SimpleNamespace(seconds=self.ends[n-2] - self.ends[first-1], lengths=lengths, steps=n-1-first,
                                positions=self.positions[n-2] - self.positions[first-1],
-                               each=[b - a for a, b in zip(times, times[1:])])
+                               each=[b - a for a, b in zip(times, times[1:])],
+                               tokens=[sum(int(x.sum()) for x in step) for step in self.documents[:n]])
 
 def planned_memory(config)->dict: # predicted_gb, predicted_parts, formula_gb, basis
     "What the plan says of a config on this device: by a traced step, as for a launch, and by the formula beside it."
@@ -181,7 +182,8 @@ def speed_figures(config, counted, peak)->dict: # peak: operations a second, or 
     hardware = model + again*recomputed_flops(terms)/counted.seconds
     planned = flops_per_token(c, architecture(c.model), 1, mean)*tokens/counted.seconds
     return dict(
-        step_seconds=counted.seconds/counted.steps, seconds_of_steps=counted.each, tokens_per_second=tokens/counted.seconds,
+        step_seconds=counted.seconds/counted.steps, seconds_of_steps=counted.each, tokens_of_steps=counted.tokens,
+        tokens_per_second=tokens/counted.seconds,
         documents=len(counted.lengths), mean_length=mean, padding_share=1 - tokens/counted.positions,
         model_flops_of_a_step={k: v/counted.steps for k, v in terms.items()},
         model_tflops=model/1e12, hardware_tflops=hardware/1e12,

@@ -149,11 +149,22 @@ SHARDED = '''
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_precision import check_dtypes, config_of, train, trainer_of
+from accelerate.utils import broadcast_object_list
+from test_precision import begin_run, check_dtypes, config_of, restore, train, trainer_of
+from weighted_mtp.runs import is_main, prepare
+data = Path(sys.argv[1])
 for name, tuning in (('baseline', 'lora'), ('baseline', 'full'), ('ratio', 'lora'), ('mlp', 'frozen')):
-    trainer = trainer_of(config_of(Path(sys.argv[1]), name, tuning, 'training.batch_size=2', 'training.log_every=1'))
-    train(trainer, progress=False)
+    config = config_of(data, name, tuning, 'training.batch_size=2', 'training.log_every=1',
+                       f'checkpoint.save_dir={data}/sharded-{name}-{tuning}')
+    prepare(config)
+    def run(): return broadcast_object_list([begin_run(config, 2) if is_main() else None])[0]
+    trainer = trainer_of(config, run())
+    train(trainer, progress=False) # which saves its last step
     check_dtypes(trainer)
+    again = trainer_of(config, run())
+    restore(again, again.run['checkpoint'])
+    assert again.step == 2
+    check_dtypes(again)
     if trainer.accelerator.is_main_process: print('loss', name, tuning, trainer.logs[0]['train/loss'], flush=True)
 '''
 

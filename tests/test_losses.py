@@ -79,7 +79,7 @@ def test_agrees_with_the_definition(kind, dtype, n, monkeypatch):
 
 @pytest.mark.parametrize('scale', (1., .25))
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_way_that_a_gpu_compiles_is_the_same(kind, scale, monkeypatch):
+def test_fused_path_agrees(kind, scale, monkeypatch):
     monkeypatch.setattr(losses, '_chunk_rows', lambda *_: 7)
     h, u, y, w = example(n=3, kind=kind, dtype=torch.float32, seed=0)
     want = gradients(lambda *x: mtp_cross_entropy(*x, logit_scale=scale), h, u, y, w)

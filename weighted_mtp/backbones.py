@@ -127,7 +127,10 @@ class BackboneModel(PreTrainedModel):
         return [*self.backbone.get_decoder().layers, *getattr(self, 'extra_heads', ())]
 
     def compile_blocks(self):
-        "Have norms, projections and MLPs compiled from now on; equal ones share it. Attention brings its own kernels."
+        "Have norms, projections and MLPs compiled from now on. Attention is left out: it has its own kernels."
+        # Projections of all shapes, adapters and lengths share the code of one function, of which Dynamo keeps eight
+        limits = torch.compiler.config
+        limits.recompile_limit = max(64, limits.recompile_limit)
         for m in (m for block in self.blocks for m in block.children()):
             is_attention = getattr(m, 'layer_idx', None) is not None
             for part in m.children() if is_attention else [m]: part.compile()

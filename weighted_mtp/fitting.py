@@ -16,14 +16,15 @@ from .config import apply_overrides
 from .estimate import LIMIT, extrapolated_step
 from .files import UserError
 from .memory_formula import LEVELS, RECOMPUTATION, memory_parts, with_overhead
-from .model_sizes import architecture, as_attributes, count_parameters
+from .model_sizes import architecture, as_attributes, count_parameters, is_ratio
 from .traced_memory import traced_memory
 
 # %% ../nbs/launching/19_fitting.ipynb #ff66ccba
 SHARE = 0.92 # Of a GPU's memory that a prediction may fill
 # Assumed: seconds that a micro-batch costs besides its operations; bytes a second that a rank gathers weights at
 _START, _GATHER_SPEED = 0.02, 150e9
-_LAUNCH = 0.0094 # Seconds a block for which a CPU launches kernels, measured beside an H100 (nbs/studies/gpu)
+# Seconds in which the CPU launches a block's kernels, forward and backward: of LoRA, beside an H100 (nbs/studies/gpu)
+_LAUNCH = 0.0094
 BATCH, ACCUM = 'training.batch_size', 'training.gradient_accumulation_steps'
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ def _micro_batch_seconds(c, a, ngpus): # that a micro-batch costs besides its op
     width = 4 if c.model.dtype == 'float32' else 2
     return _START + (2*width*count_parameters(c, a).total/_GATHER_SPEED if shards > 1 else 0) # forward and backward
 
+def _launch_seconds(c, a): # of a micro-batch; a forward pass is a third of its kernels, and a ratio critic has two
+    again = c.training.gradient_checkpointing/c.training.recompute_every/3
+    return _LAUNCH*count_parameters(c, a).blocks*(1 + is_ratio(c))*(1 + again)
+
 def _step_seconds(
     config, # A loaded config
     ngpus:int=1,
@@ -83,8 +88,8 @@ def _step_seconds(
     "Of a step: its operations, or launching them where that takes longer; and what each micro-batch costs besides."
     c = as_attributes(config)
     a = architecture(c.model)
-    n, launching = c.training.gradient_accumulation_steps, _LAUNCH*count_parameters(c, a).blocks
-    return n*(max(extrapolated_step(c, a, ngpus, True)[0]/n, launching) + _micro_batch_seconds(c, a, ngpus))
+    n, seconds = c.training.gradient_accumulation_steps, extrapolated_step(c, a, ngpus, True)[0]
+    return n*(max(seconds/n, _launch_seconds(c, a)) + _micro_batch_seconds(c, a, ngpus))
 
 def all_choices(
     config, # A loaded config

@@ -7,6 +7,7 @@ __all__ = ['mtp_counts', 'mtp_loss', 'mtp_cross_entropy', 'mtp_token_cross_entro
            'survival_counts', 'survival_loss']
 
 # %% ../nbs/training/02_losses.ipynb #e0a82567
+import shutil
 from functools import cache
 from importlib.util import find_spec
 
@@ -45,8 +46,11 @@ def _loss_and_slope(
     at_target = torch.arange(logits.shape[1], device=logits.device) == ids
     return total.log() + top - logits.gather(1, ids), (scale*(p/total - at_target.float())).to(dtype)
 
-def _compiling_pays(logits): # of a chunk
-    return logits.is_cuda and logits.numel() >= 2**24 and find_spec('triton') is not None
+@cache
+def _can_compile(): return bool(find_spec('triton') and any(map(shutil.which, ('cc', 'gcc', 'clang'))))
+
+def _compiling_pays(logits): # of a chunk; it takes some seconds, once: too long for a small model's
+    return logits.is_cuda and logits.numel() >= 2**24 and _can_compile()
 
 @cache
 def _compiled_loss_and_slope(): return torch.compile(_loss_and_slope)
@@ -97,11 +101,11 @@ class _MTPCrossEntropy(torch.autograd.Function):
         size = _chunk_rows(*us[0].shape, valid.is_cuda)
         buffer = us[0].new_empty(min(size, len(rows)), len(us[0]), dtype=full)
         of_hidden = _hidden_rows(rows, places, valid.shape[-1])
-        in_passes = any(need) and not need_bias and softcap is None and _compiling_pays(buffer)
+        fused = any(need) and not need_bias and softcap is None and _compiling_pays(buffer)
         for i, at, y, c in zip(*(x.split(size) for x in (rows, of_hidden, ids, scale))):
             xs, p = [h[at].to(factor) for h in hs], buffer[:len(at)]
             _logits_(p, xs, us, logit_scale, bias)
-            if in_passes: loss, g = _compiled_loss_and_slope()(p, y, c*logit_scale, factor)
+            if fused: loss, g = _compiled_loss_and_slope()(p, y, c*logit_scale, factor)
             else:
                 slope = None if softcap is None else _softcap_(p, softcap)
                 loss, total = _nll_(p, y)
@@ -125,7 +129,7 @@ class _MTPCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _): # in place: a copy of the unembedding's gradient would cost as much as four chunks
+    def backward(ctx, grad, _): # in place: a copy of the unembedding's gradient would cost as much as several chunks
         return *[None]*6, *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
 
 # %% ../nbs/training/02_losses.ipynb #34c0eac0

@@ -47,10 +47,10 @@ def optimizer_bytes(s):
 
 def other_model_bytes(s):
     "A GPU's share of the frozen critic or reference, and what stays gathered outside of its blocks."
-    other, width = other_model(s.c, s.a), 2 if s.gpu else 4
+    other = other_model(s.c, s.a)
     if other is None: return 0
     gathered = getattr(other, 'copies', 1)*rest_parameters(other) if s.shards > 1 else 0
-    return width*(inference_parameters(other)/s.shards + gathered)
+    return s.width*(inference_parameters(other)/s.shards + gathered)
 
 # %% ../nbs/launching/21_memory_formula.ipynb #fcf1f4b4
 RECOMPUTATION = ('training.gradient_checkpointing', 'training.recompute_every', 'training.selective_checkpointing')
@@ -112,7 +112,7 @@ def _working_bytes_of_loss(s):
     if s.keeps_logits: return logit_bytes(s, 4 if critic.lm_weight else 2 if critic.head == 'surprise' else 0)
     rows = s.tokens*s.p.heads
     chunk = min(max(1, a.D//(2 if s.gpu else 4), 2**17//a.vocab), rows) # as `losses.mtp_loss` cuts them
-    return rows*a.D*s.width + chunk*a.vocab*(4 if s.width == 4 else 6)
+    return rows*a.D*s.width + chunk*a.vocab*(6 if s.width == 2 else 8 if s.gpu else 4)
 
 def working_bytes(s):
     "What is needed for a moment: by one block or by the loss."

@@ -52,7 +52,7 @@ class Packing:
 def make_packing(
     attention_mask, # (B, T) 1 on tokens
     capacity:int|None=None, # Tokens of a row (None: one row for all)
-    multiple:int=1, # Of which the length of a row is one
+    multiple:int=1, # Row lengths are multiples of it
 )->Packing:
     "Pack a batch, first fit decreasing. Waits for the device: lengths have to be known."
     mask, device = attention_mask.bool(), attention_mask.device

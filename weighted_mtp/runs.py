@@ -279,7 +279,8 @@ def prepare(
 ):
     """Processes, threads and seeds: on a CPU, with the same number of threads, a run repeats bit for bit.
     Raises `UserError` for more processes than GPUs."""
-    os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True') # packed lengths differ: gaps would remain
+    if not {'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'} & os.environ.keys():
+        os.environ['PYTORCH_ALLOC_CONF'] = 'expandable_segments:True' # packed lengths differ: gaps would remain
     here, cuda = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.is_available()
     if cuda and here > (n := torch.cuda.device_count()):
         raise UserError(f"{here} processes were asked for, but this machine has {n} GPU(s): launch with ngpus={n}.")

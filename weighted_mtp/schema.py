@@ -123,7 +123,7 @@ class Training:
     warmup_ratio: float = setting(0.03, '[0, 1]') # Share of the steps over which the learning rate rises from 0
     min_lr_ratio: float = setting(0.005, '[0, 1]') # The cosine ends at this share of the learning rate
     max_grad_norm: float = setting(1.0, '(0, 1e9]') # Gradients are clipped to this norm
-    # Read the solutions of a micro-batch in rows of dataset.max_length without padding; none sees another
+    # Read the solutions of a micro-batch one after another, without padding; none sees another
     packing: bool = False
     compile: bool = False # torch.compile of what a block has besides attention; the first steps take longer
     gradient_checkpointing: bool = True # Recompute activations in the backward pass: less memory, more time

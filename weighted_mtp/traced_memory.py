@@ -6,7 +6,7 @@
 __all__ = ['TIMEOUT', 'memory_key', 'cache_folder', 'traced_memory']
 
 # %% ../nbs/launching/18_traced_memory.ipynb #8ee67c1e
-import hashlib, json, os, re, subprocess, sys
+import hashlib, json, os, re, subprocess, sys, time
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -70,8 +70,8 @@ def _start(questions): # the process that answers them
     process.stdin = None # `communicate` has nothing to send
     return process
 
-def _wait(process, timeout): # why there is no answer; None where there is
-    try: _, err = process.communicate(timeout=timeout)
+def _wait(process, left, timeout): # seconds, of how many; why there is no answer; None where there is
+    try: _, err = process.communicate(timeout=left)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -103,9 +103,10 @@ def traced_memory(
     missing = [(plain, list(o), ngpus, gpu, str(f)) for o, f in zip(settings, files) if _answer(f) is None]
     busy = any(p.poll() is None for p in _asked.values()) # one at a time, however fast a form is filled in
     if missing and wait is None: why = '`Plan.estimate()` traces one'
-    elif missing and wait: # a process for every four cores
-        n = max(1, min(len(missing), (os.cpu_count() or 1)//4))
-        reasons = [_wait(p, timeout) for p in [_start(missing[i::n]) for i in range(n)]]
+    elif missing and wait: # several processes where there are cores: each imports for seconds, and takes a gigabyte
+        n, end = max(1, min(len(missing), (os.cpu_count() or 1)//4)), time.monotonic() + timeout
+        processes = [_start(missing[i::n]) for i in range(n)]
+        reasons = [_wait(p, max(0, end - time.monotonic()), timeout) for p in processes]
         why = next(filter(None, reasons), None)
     elif missing:
         why = 'it is being worked out'

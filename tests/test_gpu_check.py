@@ -59,7 +59,7 @@ def test_a_page_shows_it(dry):
 
 def test_a_broken_part_is_noted_and_the_others_go_on(tmp_path, capsys):
     parts = [PARTS[0], Part('wrong', 'Raises an error', 'operator:neg'), Part('gone', 'Dies', 'os:_exit'),
-             PARTS[-1]]
+             *(p for p in PARTS if p.name == 'sandbox')]
     run_parts(parts, tmp_path, dry=True)
     found = json.loads((tmp_path/'gpu-check.json').read_text())['parts']
     assert [p['status'] for p in found.values()] == ['measured', 'failed', 'failed', 'passed']

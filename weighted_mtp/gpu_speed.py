@@ -209,13 +209,13 @@ def timed_steps(
         with clock.stack: train(trainer, progress=False)
     counted, where, room = clock.counted(), clock.profile, _memory(plan, memory)
     speed = speed_figures(config, counted, machine()['peak_flops'])
-    # The profiled step itself takes longer
-    kernels = where.seconds/counted.tokens[-1]*speed['tokens_per_second'] if where.seconds else None
+    # Share of the time in which kernels run; not of the profiled step, which takes longer than others
+    busy = where.seconds/counted.tokens[-1]*speed['tokens_per_second'] if where.seconds else None
     judged = not setting.dry
     goals = [goal('model FLOP utilisation (MFU)', speed['mfu'], 'at least', .45, judged=judged),
              goal('memory, off from the plan', abs(room['apart']), 'at most', .15, judged=judged)]
     return dict(figures=dict(settings=_settings(config, trainer.model), **speed, memory=room, kinds=where.kinds,
-                             kernels=where.kernels, busy=kernels), goals=goals)
+                             kernels=where.kernels, busy=busy), goals=goals)
 
 def production_steps(
     setting:Setting, file, name, # As `true_objective` takes them

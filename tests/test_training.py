@@ -237,12 +237,19 @@ def run_page(project, name, **sizes): # lines of its results file, and what it p
 
 def test_critic_page_runs(project):
     """nbs/studies/critic.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget:
-    all heads, with the blind one."""
-    rows, _ = run_page(project, 'critic', run=True, steps=3, held_out=20, pairs=30, studies=['heads'])
+    all heads, with the blind one; and what needs the critics of two seeds."""
+    sizes = dict(run=True, steps=3, held_out=20, pairs=30)
+    rows, _ = run_page(project, 'critic', **sizes, studies=['heads'])
     assert {r['arm'] for r in rows} == {'ratio', 'first_error', 'surprise', 'mlp', 'linear', 'blind'}
     for r in rows: assert 0 <= r['metrics']['roc_auc'] <= 1 and 0 <= r['metrics']['ece'] <= 1, r
     base = {r['metrics'].get('base_likelihood_auc') for r in rows if r['arm'] != 'blind'}
     assert len(base) == 1 # the same programs, the same base
+    more, _ = run_page(project, 'critic', **sizes, only=['two seeds together', 'temperature by length'])
+    found = {(r['arm'], r['seed']): r['metrics'] for r in more}
+    assert more[:len(rows)] == rows and len(more) == len(rows) + 3 # with the ratio critic of seed 1
+    both, *alone = (found[x]['brier'] for x in (('two seeds together', 0), ('ratio', 0), ('ratio', 1)))
+    assert both not in alone and both < max(alone) + .05
+    assert 0 <= found['temperature by length', 0]['ece'] <= 1
 
 def test_compare_page_runs(project):
     """nbs/studies/compare.ipynb, whose kept outputs come from full runs, runs from top to bottom on a small budget:

@@ -104,7 +104,8 @@ if is_main(): torch.save(found, out)
 def cut(batch, accum): return [f'training.batch_size={batch}', f'training.gradient_accumulation_steps={accum}']
 PACKED = 'training.packing=true' # rows of dataset.max_length without padding: the same numbers
 CUTS = {'one 1 x 24': (1, cut(24, 1)), 'one 3 x 8, packed': (1, [*cut(8, 3), PACKED]),
-        'two 3 x 4, sharded': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=FULL_SHARD']),
+        'two 3 x 4, sharded, frozen replicated': (2, [*cut(4, 3), 'distributed.fsdp.sharding_strategy=FULL_SHARD',
+                                                      'distributed.fsdp.shard_frozen=false']),
         'two 3 x 4, sharded, packed': (2, [*cut(4, 3), PACKED, 'distributed.fsdp.sharding_strategy=FULL_SHARD']),
         'two 3 x 4, DDP, packed': (2, [*cut(4, 3), PACKED, 'distributed.fsdp.sharding_strategy=NO_SHARD'])}
 STILL = ['training.max_steps=3', 'training.learning_rate=1e-9', 'training.head_learning_rate=1e-9',

@@ -55,7 +55,7 @@ from weighted_mtp.models import build_policy, load_backbone
 from weighted_mtp.policies import OBJECTIVES
 from weighted_mtp.rho1 import load_reference
 from weighted_mtp.runs import is_main, load_parts, prepare
-from weighted_mtp.sharding import full_tensor, is_sharded, shard
+from weighted_mtp.sharding import full_tensor, is_distributed, is_sharded, shard
 from weighted_mtp.state_folder import Saver
 out, other, overrides = sys.argv[1], sys.argv[2], sys.argv[3:]
 def config(pipeline, *more): return load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', [*overrides, *more])
@@ -79,13 +79,14 @@ def full(model):
 found = {}
 LORA = ['model.tuning=lora', 'model.lora.dropout=0']
 VALUE = ['critic.head=mlp', 'critic.value_weight=0.5', 'critic.lm_weight=1', *LORA]
+NO_SHARD = 'distributed.fsdp.sharding_strategy=NO_SHARD'
 for name, pipeline, more in [('lora', 'baseline', LORA), ('frozen', 'baseline', ['model.tuning=frozen']),
                              ('full', 'baseline', []), ('ratio', 'critic', []), ('ratio-lora', 'critic', LORA),
-                             ('value', 'critic', VALUE)]:
+                             ('value', 'critic', VALUE), ('replicated', 'baseline', [*LORA, NO_SHARD])]:
     c = config(pipeline, 'model.backbone=backbone', *more)
     prepare(c)
     objective = (CriticObjective if pipeline == 'critic' else OBJECTIVES[pipeline])(c, *load_parts(c))
-    assert is_sharded(c) == any(p.is_meta for p in objective.model.parameters())
+    assert is_distributed() == any(p.is_meta for p in objective.model.parameters())
     trainer = make_trainer(objective, c, {})
     found[name] = full(trainer.model)
     if name == 'lora': # a step, for AdamW to have a state
@@ -100,14 +101,17 @@ for name, pipeline, more in [('lora', 'baseline', LORA), ('frozen', 'baseline', 
         trainer.saver.load(f'{other}-state' if os.path.exists(f'{other}-state') else f'{out}-state', tensors)
         assert len(want) > 20 and all(torch.equal(full_tensor(x), want[n]) for n, x in tensors.items())
 
-ids = torch.arange(24).view(2, 12) + 3
+ids, HOW = torch.arange(24).view(2, 12) + 3, [('', is_distributed()), (', replicated', False)]
 for name in ('value', 'ratio', 'lora'):
-    critic = load_critic(f'critic-{name}.pt', sharded=is_sharded(c))
-    assert is_sharded(c) == hasattr(critic, 'unshard')
-    found[f'critic-{name}'] = dict(zip('rv', critic.credit(ids, torch.ones_like(ids), ids > 6)))
+    for how, sharded in HOW:
+        critic = load_critic(f'critic-{name}.pt', sharded=sharded)
+        assert sharded == hasattr(critic, 'unshard')
+        found[f'critic-{name}{how}'] = dict(zip('rv', critic.credit(ids, torch.ones_like(ids), ids > 6)))
 for path in ('reference-full.pt', 'reference-lora.pt', 'backbone'):
-    reference = load_reference(path, objective.tokenizer, is_sharded(c))
-    with torch.no_grad(): found[path] = dict(ce=reference(ids, torch.ones_like(ids), labels=ids).token_ce)
+    for how, sharded in HOW:
+        reference = load_reference(path, objective.tokenizer, sharded)
+        with torch.no_grad(): ce = reference(ids, torch.ones_like(ids), labels=ids).token_ce
+        found[f'{path}{how}'] = dict(ce=ce)
 if is_main(): torch.save(found, f'{out}.pt')
 if torch.distributed.is_initialized(): torch.distributed.barrier(); sys.stdout.flush(); os._exit(0)
 '''
@@ -141,7 +145,7 @@ def test_a_rank_holds_its_part_alone(loaded):
     assert alone > .95*size and size > 390e6
     for peak, _ in ranks: assert peak < .72*size, (peak/1e6, size/1e6)
 
-@pytest.mark.parametrize('name', ['lora', 'frozen', 'full', 'ratio', 'ratio-lora', 'value'])
+@pytest.mark.parametrize('name', ['lora', 'frozen', 'full', 'ratio', 'ratio-lora', 'value', 'replicated'])
 def test_one_and_two_processes_start_from_the_same_numbers(loaded, name):
     one, two = (torch.load(loaded/f'{n}.pt', weights_only=True)[name] for n in ('one', 'two'))
     assert one.keys() == two.keys()
@@ -149,8 +153,8 @@ def test_one_and_two_processes_start_from_the_same_numbers(loaded, name):
 
 FROZEN = ['critic-value', 'critic-ratio', 'critic-lora', 'reference-full.pt', 'reference-lora.pt', 'backbone']
 
-@pytest.mark.parametrize('name', FROZEN)
-def test_frozen_models_say_the_same_when_they_are_sharded(loaded, name):
+@pytest.mark.parametrize('name', [f'{n}{how}' for n in FROZEN for how in ('', ', replicated')])
+def test_frozen_models_say_the_same_on_two_processes(loaded, name): # sharded, or a copy each
     one, two = (torch.load(loaded/f'{n}.pt', weights_only=True)[name] for n in ('one', 'two'))
     for k, x in one.items():
         assert x.abs().sum() > 0

@@ -29,6 +29,7 @@ from .pictures import critic_picture, write_page
 from .policy_objective import check_vocabulary, freeze
 from .runs import finish, fit, load_parts, print_metrics, record_dir, tracked_run
 from .sampling import load_pairs
+from .sharding import is_distributed
 from .weighting import lambda_returns, lambda_schedule
 
 # %% ../nbs/training/09_critic.ipynb #ecb62a7d
@@ -267,7 +268,7 @@ def load_critic(
     if not path:
         raise UserError("verifiable needs a critic: set experiment.critic_checkpoint, or a training.weighting that "
                         "needs none: uniform, oracle, focal or dft.")
-    model = load_critic_model(path, parts=sharded)
+    model = load_critic_model(path, parts=is_distributed())
     if tokenizer is not None: check_vocabulary(path, tokenizer)
     return freeze(model, dtype, sharded)
 

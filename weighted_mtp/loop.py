@@ -27,7 +27,7 @@ from .logit_check import check_packing
 from .optim import check_gradients, make_optimizer, make_scheduler
 from .precision import autocast_forward, compute_dtype, keep_trained_in_float32
 from .recomputation import recompute_blocks
-from .sharding import full_tensor, gradient_sync, is_sharded, shard
+from .sharding import full_tensor, gradient_sync, is_sharded, replicate, shard
 from .state_folder import Saver
 
 # %% ../nbs/training/06_loop.ipynb #06000003
@@ -123,7 +123,7 @@ def make_trainer(
     world, n = accelerator.num_processes, items_per_epoch(data)
     model, sharded = objective.model, is_sharded(config)
     model.config.use_cache = False
-    if not sharded: model.to(accelerator.device)
+    if not sharded: replicate(model, accelerator.device)
     keep_trained_in_float32(model)
     if t.packing: _pack_models(objective, config)
     if t.compile: model.compile_blocks()

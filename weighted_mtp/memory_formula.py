@@ -49,8 +49,9 @@ def other_model_bytes(s):
     "A GPU's share of the frozen critic or reference, and what stays gathered outside of its blocks."
     other = other_model(s.c, s.a)
     if other is None: return 0
-    gathered = getattr(other, 'copies', 1)*rest_parameters(other) if s.shards > 1 else 0
-    return s.width*(inference_parameters(other)/s.shards + gathered)
+    shards = s.shards if s.c.distributed.fsdp.shard_frozen else 1
+    gathered = getattr(other, 'copies', 1)*rest_parameters(other) if shards > 1 else 0
+    return s.width*(inference_parameters(other)/shards + gathered)
 
 # %% ../nbs/launching/21_memory_formula.ipynb #fcf1f4b4
 RECOMPUTATION = ('training.gradient_checkpointing', 'training.recompute_every', 'training.selective_checkpointing')

@@ -21,7 +21,7 @@ from .files import UserError
 from .losses import mtp_counts
 from .models import build_policy, read_checkpoint
 from .sampling import load_solutions
-from .sharding import shard
+from .sharding import replicate, shard
 from .weighting import by_source
 
 # %% ../nbs/training/10_policy_objective.ipynb #df8dde0a
@@ -166,8 +166,9 @@ def freeze(
     for p in model.parameters():
         p.data = p.data.to('meta' if p.is_meta else device, torch.float32 if id(p) in kept else dtype)
     model = model.requires_grad_(False).eval()
-    if sharded: shard(model)
-    return model if sharded else model.to(device)
+    if not sharded: return replicate(model, device)
+    shard(model)
+    return model
 
 # %% ../nbs/training/10_policy_objective.ipynb #b1600507
 def batch_of_one(

@@ -18,14 +18,14 @@ from .policy_objective import (PolicyObjective, batch_of_one, check_vocabulary, 
                                            is_divided, known_weights, losses_ahead, problem_text, token_texts)
 from .pictures import choice_picture
 from .precision import compute_dtype
-from .sharding import is_sharded
+from .sharding import is_distributed, is_sharded
 from .weighting import select_tokens, selected_count
 
 # %% ../nbs/training/12_rho1.ipynb #b1600707
 def load_reference(
     path, # A checkpoint of `ref_tuning`, or a language model's folder
     tokenizer, # The policy's
-    sharded=False, # Spread over all ranks, as the policy is. Collective, then
+    sharded=False, # Spread over all ranks. Collective, then
     dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
 ): # A frozen policy of one head
     "The frozen reference of `rho1`. Raises `UserError` for one that cannot be used."
@@ -33,8 +33,8 @@ def load_reference(
     if not Path(path).exists():
         raise UserError(f"experiment.reference_checkpoint = {path} not found. "
                         "Train one with the pipeline ref_tuning, or name a model's folder.")
-    if Path(path).suffix == '.pt': model = load_policy(path, parts=sharded)
-    else: model = load_backbone(path, key='experiment.reference_checkpoint', parts=sharded)
+    if Path(path).suffix == '.pt': model = load_policy(path, parts=is_distributed())
+    else: model = load_backbone(path, key='experiment.reference_checkpoint', parts=is_distributed())
     check_vocabulary(path, tokenizer)
     return freeze(build_policy(model, 1), dtype, sharded)
 
@@ -51,8 +51,8 @@ class Rho1Objective(PolicyObjective):
     number = 'score' # what `token_numbers` are
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
-        self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer, is_sharded(config),
-                                        compute_dtype(config.model))
+        how = is_sharded(config, frozen=True), compute_dtype(config.model)
+        self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer, *how)
 
     def select(self, policy_ce, reference_ce, mask): # (B, T, n) 1 selected, 0 not
         t = self.config.training

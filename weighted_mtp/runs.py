@@ -28,7 +28,7 @@ from .files import UserError, flatten, model_folder, project_root, read_json, wr
 from .loop import Trainer, evaluate, make_trainer, note_best, train
 from .models import load_backbone, read_checkpoint
 from .precision import compute_dtype
-from .sharding import full_state_dict, is_sharded, load_full_state_dict
+from .sharding import full_state_dict, is_distributed, load_full_state_dict
 from .tracking import Tracker
 from .uploading import Uploader
 
@@ -242,7 +242,7 @@ def load_parts(
         return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers,
                                            n_heads=m.n_heads, max_length=d.max_length, seed=config.training.seed)
     dtype = torch.float32 if m.tuning == 'full' else compute_dtype(m)
-    backbone = load_backbone(m.backbone, dtype, parts=is_sharded(config))
+    backbone = load_backbone(m.backbone, dtype, parts=is_distributed())
     _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
     return tokenizer, backbone
 

@@ -193,6 +193,8 @@ class Fsdp:
     "torch's fully sharded data parallel."
     # Over the GPUs of a run: weights, gradients and optimizer state sharded, or a full copy on each
     sharding_strategy: str = setting('FULL_SHARD', choices=('FULL_SHARD', 'NO_SHARD'))
+    # With FULL_SHARD, a frozen critic or reference is sharded, too; false: a full copy on each GPU
+    shard_frozen: bool = True
 
 @dataclass
 class Distributed:

@@ -9,7 +9,6 @@ __all__ = ['stored_tensors', 'stored_name', 'last_block', 'make_buffers', 'prepa
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import nn
@@ -74,31 +73,33 @@ def prepare_parts(
     return make_buffers(backbone) and all(id(x) in found for x in state.values())
 
 # %% ../nbs/models/16_shard_loading.ipynb #f3e1902b
-def _with_memory(x): # a tensor on the meta device, or a shard of one, as a tensor of this rank's device
+def _with_memory(x, device): # a tensor on the meta device; or a shard of one, on the device of its mesh
     if isinstance(x, DTensor):
         local = torch.empty_like(x.to_local(), device=x.device_mesh.device_type)
         new = DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
-    else: new = torch.empty_like(x, device='cpu')
+    else: new = torch.empty_like(x, device=device)
     return nn.Parameter(new, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else new
 
 @torch.no_grad()
 def read_parts(
     model, # Ours, on a backbone from `prepare_parts`; sharded or not. Any other stays as it is
-):
-    "Fill what has no numbers yet from the backbone's files. Collective: call on all ranks."
+    device='cpu', # For what is not sharded
+)->bool: # Whether there was anything to read
+    "Fill what has no numbers yet from the backbone's files. Collective where the model is sharded."
     state = {n: x for n, x in model.state_dict(keep_vars=True).items() if x.is_meta}
-    if not state: return
+    if not state: return False
     backbone = getattr(model, 'backbone', model)
     stored, last = stored_tensors(backbone.weights_folder), last_block(backbone)
-    made, starts = {id(x): _with_memory(x) for x in state.values()}, {} # one for both names of a tied weight
+    made, starts = {id(x): _with_memory(x, device) for x in state.values()}, {} # one for both names of a tied weight
     for n, x in state.items():
         if name := stored_name(n, stored, last): starts.setdefault(name, {})[id(x)] = made[id(x)]
     if lost := [n for n, x in state.items() if not any(id(x) in xs for xs in starts.values())]:
         raise UserError(f"{backbone.weights_folder} does not hold the tensor for {lost[0]}.")
     reader = dcp.HuggingFaceStorageReader(backbone.weights_folder)
     first = {name: next(iter(xs.values())) for name, xs in starts.items()}
-    dcp.load(dict(first), storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(dict(first), storage_reader=reader, no_dist=not any(isinstance(x, DTensor) for x in state.values()))
     for name, xs in starts.items():
         for x in xs.values():
             if x is not first[name]: x.copy_(first[name])
     model.load_state_dict({n: made[id(x)] for n, x in state.items()}, strict=False, assign=True)
+    return True

@@ -310,9 +310,10 @@ def extra_bytes(
     blocks = [(numel(b.parameters()), numel(p for p in b.parameters() if p.requires_grad)) for b in model.blocks]
     total, (block, trained) = numel(model.parameters()), max(blocks)
     width, rest = 2 if s.half else 4, total - sum(n for n, _ in blocks)
-    found = {'other model': other/s.shards}
+    spread = s.shards > 1 and config.distributed.fsdp.shard_frozen
+    found = {'other model': other/(s.shards if spread else 1)}
     if s.shards > 1: found |= {'gathered': width*(rest + 2*block), 'gradients in transit': 2*4*trained}
-    if s.shards > 1 and frozen is not None: # it reads before the step: its blocks are no longer gathered then
+    if spread and frozen is not None: # it reads before the step: its blocks are no longer gathered then
         found['other model'] += width*(numel(frozen.parameters()) - sum(numel(b.parameters()) for b in frozen.blocks))
     if s.copies > 1: found['buckets'] = 4*numel(p for p in model.parameters() if p.requires_grad)
     return {k: n for k, n in found.items() if n}

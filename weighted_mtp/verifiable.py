@@ -112,7 +112,7 @@ class VerifiableObjective(PolicyObjective):
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
         self.how, path = config.training.weighting, config.experiment.critic_checkpoint
-        how = is_sharded(config), compute_dtype(config.model)
+        how = is_sharded(config, frozen=True), compute_dtype(config.model)
         self.critic = load_critic(path, tokenizer, *how) if self.how in BY_CRITIC else None
         if self.how == 'oracle': check_critical(self.data, config.dataset.train)
         self.moments = RunningMoments(config.training.moments_momentum)

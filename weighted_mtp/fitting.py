@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from .config import apply_overrides
 from .estimate import LIMIT, extrapolated_step
 from .files import UserError
-from .memory_formula import LEVELS, RECOMPUTATION, memory_parts, with_overhead
+from .memory_formula import LEVELS, RECOMPUTATION, less_sharded, memory_parts, with_overhead
 from .model_sizes import (architecture, as_attributes, count_parameters, inference_parameters, is_ratio,
                                        other_model)
 from .traced_memory import traced_memory
@@ -75,14 +75,11 @@ def _line(b, low, high): # between (b, bytes) of two sizes
     (b0, m0), (b1, m1) = low, high
     return m0 + (m1 - m0)*(b - b0)/max(1, b1 - b0)
 
-def _totals(config, ngpus, settings, wait): # bytes for each; why they are from the formula, or None
-    steps, why = traced_memory(config, ngpus, settings=settings, wait=wait)
-    def total(overrides, step):
-        c = as_attributes(apply_overrides(config, overrides))
-        a = architecture(c.model)
-        return sum((with_overhead(step, c, a, ngpus) if step else memory_parts(c, a, ngpus)).values())
-    if None in steps: steps = [None]*len(steps) # one measure for all
-    return [total(o, step) for o, step in zip(settings, steps)], why
+def _total(config, ngpus, step, is_traced): # bytes; by the formula where there is no step
+    c = as_attributes(config)
+    a = architecture(c.model)
+    if step is None: return sum(memory_parts(c, a, ngpus).values())
+    return sum(with_overhead(step if is_traced else less_sharded(step, c, a, ngpus), c, a, ngpus).values())
 
 def _gathered_numbers(c, a, ngpus): # by a rank for a micro-batch
     f, other = c.distributed.fsdp, other_model(c, a)
@@ -125,15 +122,18 @@ def all_choices(
     t = config.training
     each = t.batch_size*t.gradient_accumulation_steps # on a GPU, of a step
     if t.compile: levels = [l for l in levels if l != 'all but products'] # `config_checks` refuses the two together
-    ways, found = list(product(_layouts_of(config, ngpus, layouts), levels)), []
-    # all keep gradients in between
-    ends = [_settings_of(level, b, min(2, each), layout) for layout, level in ways for b in (1, each)]
-    totals, why = _totals(config, ngpus, ends, wait)
-    for (layout, level), low, high in zip(ways, totals[::2], totals[1::2]):
+    layouts, found = _layouts_of(config, ngpus, layouts), []
+    def settings(level, b, layout): return _settings_of(level, b, min(2, each), layout) # keep gradients in between
+    ends = list(product(levels, (1, each)))
+    steps, why = traced_memory(config, ngpus, settings=[settings(*end, layouts[-1]) for end in ends], wait=wait)
+    if None in steps: steps = [None]*len(steps) # one measure for all
+    for level, layout in product(levels, layouts):
+        at_ends = [(b, _total(apply_overrides(config, settings(level, b, layout)), ngpus, step, layout == layouts[-1]))
+                   for (l, b), step in zip(ends, steps) if l == level]
         for b in _divisors(each):
             changed = apply_overrides(config, _settings_of(level, b, each//b, layout))
-            memory = _line(b, (1, low), (each, high))
-            found.append(Choice(level, b, each//b, memory, _step_seconds(changed, ngpus), layout))
+            seconds = _step_seconds(changed, ngpus)
+            found.append(Choice(level, b, each//b, _line(b, *at_ends), seconds, layout))
     return sorted(found, key=lambda x: (x.seconds, x.memory)), why
 
 # %% ../nbs/launching/19_fitting.ipynb #9c968757

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECOMPUTATION', 'LEVELS', 'FIXED', 'SCATTERED', 'passes', 'memory_sizes', 'weight_bytes', 'optimizer_bytes',
            'other_model_bytes', 'more_recomputation', 'activation_bytes', 'logit_bytes', 'loss_bytes', 'working_bytes',
-           'gradient_bytes', 'bucket_bytes', 'saving_bytes', 'memory_parts', 'with_overhead']
+           'gradient_bytes', 'bucket_bytes', 'saving_bytes', 'memory_parts', 'with_overhead', 'less_sharded']
 
 # %% ../nbs/launching/21_memory_formula.ipynb #a1754593
 from types import SimpleNamespace
@@ -177,3 +177,19 @@ def with_overhead(
     s, come_and_go = memory_sizes(c, a, ngpus, gpu), sum(step.get(k, 0) for k in _COME_AND_GO)
     return {**step, 'overhead': round(FIXED[gpu] + SCATTERED[gpu]*come_and_go),
             'saving and evaluation': round(max(0, saving_bytes(s) - come_and_go))}
+
+def less_sharded(
+    step:dict, # Kind -> bytes of a rank, of a step with everything sharded
+    c, # As attributes: the config with the frozen model, or everything, replicated
+    a, # `architecture` of its backbone
+    ngpus:int, # At least 2
+    gpu:bool=True,
+)->dict: # Kind -> bytes of a rank
+    "What a traced step takes with less sharding, at most: weights are there all the time, and so may gradients be."
+    s = memory_sizes(c, a, ngpus, gpu)
+    found = {**step, 'other model': round(other_model_bytes(s))}
+    if s.shards == 1: # gradients are complete then, and once more in buckets
+        whole = 4*s.p.trainable
+        found |= {k: ngpus*step[k] for k in ('weights', 'optimizer')} | dict(gradients=whole, buckets=whole)
+        found |= {'gathered': 0, 'gradients in transit': 0}
+    return {k: n for k, n in found.items() if n}

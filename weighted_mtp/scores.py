@@ -44,17 +44,22 @@ def paired_interval(
     level:float=.95,
     draws:int=4000,
     seed:int=0,
+    groups=None, # (problems,) a label of each: whole groups are drawn, as new problems would be of new families
 )->tuple[float, float, float]: # Mean of a - b, lower and upper bound
     """Percentile bootstrap of a difference over seeds and problems, both crossed (Owen 2007, arXiv 0712.1111).
     Raises `UserError` for other shapes."""
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape or a.ndim != 2:
-        raise UserError(f"{a.shape} and {b.shape} cannot be paired: give (seeds, problems) of both methods, alike.")
+    if a.shape != b.shape or a.ndim != 2 or groups is not None and len(groups) != a.shape[1]:
+        raise UserError(f"{a.shape} and {b.shape} cannot be paired: give (seeds, problems) of both methods, alike, "
+                        "and a group of each problem or none.")
     d, rng = a - b, np.random.default_rng(seed)
     (S, N), found = d.shape, np.empty(draws)
+    group = np.arange(N) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sizes = np.bincount(group)
     for i in range(draws):
-        by_problem = d[rng.integers(0, S, S)].mean(0)
-        found[i] = by_problem[rng.integers(0, N, N)].mean()
+        sums = np.bincount(group, d[rng.integers(0, S, S)].mean(0))
+        drawn = rng.integers(0, len(sizes), len(sizes))
+        found[i] = sums[drawn].sum()/sizes[drawn].sum()
     low, high = np.quantile(found, [(1-level)/2, (1+level)/2])
     return float(d.mean()), float(low), float(high)
 

@@ -121,7 +121,10 @@ def memory_advice(
     at = f' ({where()})' if where() else ''
     lower = smaller_choice(config)
     smaller = f"{lower[0]} with {lower[1]} (the effective batch stays)" if lower else f'dataset.max_length={length//2}'
-    other = ''.join(f', or set {x}' for x in [' '.join(more_recomputation(t))] if x)
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    replicated = several and config.distributed.fsdp.sharding_strategy == 'NO_SHARD'
+    sharded = 'distributed.fsdp.sharding_strategy=FULL_SHARD' if replicated else ''
+    other = ''.join(f', or set {x}' for x in (' '.join(more_recomputation(t)), sharded) if x)
     now = f"training.batch_size={t.batch_size} and dataset.max_length={length}"
     return f"Out of memory with {now}{at}.{_details(e)} Lower it to {smaller}{other}."
 

@@ -198,6 +198,28 @@ def table(root):
         ratios = (f"{r[k]/1e6:6.0f} MB {r[k]/r['measured']:.2f}" for k in ('traced', 'formula'))
         yield f"{case:27} {r['measured']/1e6:5.0f} MB  {'  '.join(ratios)}"
 
+def test_choices_are_bounded_by_traced_steps(monkeypatch, tmp_path):
+    """`training.fit: auto` traces the smallest and the largest micro-batch, sharded; what lies between, and what is
+    replicated, is derived from these: a little above what a step of its own takes, or the same."""
+    from weighted_mtp.config import apply_overrides, load_config
+    from weighted_mtp.fitting import _settings_of, all_choices
+    from weighted_mtp.memory_formula import FIXED, with_overhead
+    from weighted_mtp.model_sizes import architecture, as_attributes
+    from weighted_mtp.step_memory import memory_by_kind
+    monkeypatch.setenv('WMTP_TRACE', '1')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    config = load_config('configs/baseline/baseline.yaml', [
+        'model.backbone=micro', 'model.hidden_size=64', 'model.n_layers=2', 'model.n_heads=2', 'model.lora.r=8',
+        'dataset.max_length=64', 'training.batch_size=2', 'training.gradient_accumulation_steps=4'])
+    choices, why = all_choices(config, 2, ('no block', 'every block'))
+    assert why is None and len(choices) == 2*2*4 # layouts, levels, sizes
+    for c in choices:
+        if c.batch_size not in (2, 4) or c.layout == 'sharded' and c.batch_size == 4: continue
+        own = apply_overrides(config, _settings_of(c.recomputed, c.batch_size, c.grad_accum, c.layout))
+        a = as_attributes(own)
+        step = sum(with_overhead(memory_by_kind(own, 2), a, architecture(a.model), 2).values()) - FIXED[True]
+        assert .999 < (c.memory - FIXED[True])/step < 1.2, (str(c), step)
+
 if __name__ == '__main__':
     if len(sys.argv) > 1: print(json.dumps(measure_all(sys.argv[1])))
     else:

@@ -14,7 +14,7 @@ def dry(tmp_path_factory):
     command = ['make', 'gpu-check', 'DRY=1', f'GPU_VENV={Path(sys.executable).parent.parent}', f'ARGS=--out {out}',
                '-o', f'{Path(sys.executable).parent.parent}/.installed']
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, 'PYTHONPATH': str(REPO)})
+                          env={**os.environ, 'PYTHONPATH': str(REPO), 'WMTP_TRACE': '1'})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return json.loads((out/'gpu-check.json').read_text()), out
 
@@ -39,8 +39,9 @@ def test_steps_are_measured_beside_the_plan(dry, part):
     assert f['tokens_per_second'] > 0 and f['step_seconds'] > 0 and 0 <= f['padding_share'] < 1
     assert min(f['model_flops_of_a_step'].values()) > 0 and f['hardware_tflops'] > f['model_tflops'] > 0
     room = f['memory']
-    assert room['measured_gb'] > 0 and room['formula_gb'] > 0 and 'traced' in room['basis'], room['basis']
+    assert room['measured_gb'] > 0 and room['formula_gb'] > 0 and room['basis'].startswith('traced'), room['basis']
     assert abs(sum(room['predicted_parts'].values()) - room['predicted_gb']) < 1e-6 < room['predicted_gb']
+    assert 0 <= f['waiting_for_data'] < 1
     assert abs(sum(f['kinds'].values()) - 1) < 1e-6 and f['kinds']['attention'] > 0
     assert dry[0]['achieved_flops']['CPU'][part] > 0
 

@@ -1,12 +1,17 @@
 """Solutions packed in rows: the numbers of each are those that it has alone, and no other solution changes them.
 That all pipelines train as they do without packing, on one process and on two, is in test_distributed.py."""
+from types import SimpleNamespace
 import pytest, torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPTNeoXConfig, LlamaConfig, MambaConfig, MistralConfig
 
-from weighted_mtp.files import UserError
+from weighted_mtp import packing
+from weighted_mtp.config import load_config
+from weighted_mtp.files import UserError, project_root
 from weighted_mtp.logit_check import check_packing
+from weighted_mtp.loop import Window, reading_speed
+from weighted_mtp.losses import pairwise_loss
 from weighted_mtp.models import build_first_error_model, build_policy, build_ratio_model, build_value_model
-from weighted_mtp.weighting import credit_weights, gae_advantages, lambda_returns
+from weighted_mtp.weighting import credit_weights, gae_advantages, lambda_returns, select_tokens
 
 SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
              pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -71,18 +76,53 @@ def test_two_documents_in_a_row_of_eight_tokens():
     ids = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     labels = ids.masked_fill(mask == 0, -100)
-    packing = model.decoder_inputs(ids, mask)[1]
-    assert packing.pack(ids).tolist() == [[11, 12, 13, 14, 15, 21, 22, 23]]
+    rows = model.decoder_inputs(ids, mask)[1]
+    assert rows.pack(ids).tolist() == [[11, 12, 13, 14, 15, 21, 22, 23]]
     has_target = (model(ids, mask, labels=labels).token_ce > 0).long()
     assert has_target[0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert has_target[1].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    values = packing.unpack(torch.tensor([[.6, .7, .8, .9, 1., .4, .3, .2]]))
+    values = rows.unpack(torch.tensor([[.6, .7, .8, .9, 1., .4, .3, .2]]))
     torch.testing.assert_close(gae_advantages(values, mask, lam=1.)[:, 0], torch.tensor([.5, -.3])) # V_T - V_-1
     returns = lambda_returns(values, torch.tensor([1., 0.]), mask, lam=0.)
     torch.testing.assert_close(returns[0], torch.tensor([.7, .8, .9, 1., 1.]))
     torch.testing.assert_close(returns[1], torch.tensor([.3, .2, 0., 0., 0.]))
-    weights = credit_weights(packing.unpack(torch.tensor([[0., 0., 0., 0., 1., 0., 0., 0.]])), mask, normalize=False)
+    weights = credit_weights(rows.unpack(torch.tensor([[0., 0., 0., 0., 1., 0., 0., 0.]])), mask, normalize=False)
     assert weights.tolist() == [[.5, .5, .5, .5, 2.5], [.5, .5, .5, 0., 0.]]
+    excess = rows.unpack(torch.tensor([[5., 1., 4., 2., 9., 3., 6., 9.]]))[..., None] # the two of 9 have no target
+    chosen = select_tokens(excess, torch.zeros_like(excess), mask, .5)[..., 0]
+    assert chosen.tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 0]] # the best half of the six others
+    good, bad = values[:1], values[1:]
+    loss = pairwise_loss(good, mask[:1], bad, mask[1:]) # softplus(.3 - .8), of their means
+    torch.testing.assert_close(loss, torch.tensor(.4740770))
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_tokens_and_padding_are_counted(packed):
+    model, (ids, mask, labels) = built('policy'), example()
+    if packed: model.use_packing(10)
+    model.train() # what is read in evaluation does not count
+    model(ids, mask, labels=labels)
+    positions = 3*9 if packed else 5*9 # 9; 5 + 4; 3 + 2
+    window = Window(torch.tensor(0.))
+    window.began -= 2
+    trainer = SimpleNamespace(model=model, window=window, accelerator=SimpleNamespace(reduce=lambda x, how: x))
+    speed = reading_speed(trainer)
+    assert speed['speed/padding'] == pytest.approx(1 - 23/positions)
+    assert speed['speed/tokens_per_second'] == pytest.approx(23/2, rel=.1)
+    assert 'speed/padding' not in reading_speed(trainer) # of the tokens since then: none
+
+def test_which_attention_reads_packed_solutions(monkeypatch):
+    def on(cuda, flash, dtype):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+        monkeypatch.setattr(packing, 'is_flash_attn_2_available', lambda: flash)
+        return packing.packed_attention(dtype)
+    half = torch.bfloat16
+    assert [on(False, True, half), on(True, False, half), on(True, True, half), on(True, True, torch.float32)] == \
+        ['sdpa', 'flex_attention', 'flash_attention_2', 'flex_attention']
+
+def test_production_configs_pack():
+    files = [f for f in (project_root()/'configs').glob('*/*.yaml') if 'micro' not in f.name]
+    found = {f.stem: c.training.packing for f in files if (c := load_config(f)).pipeline != 'evaluation'}
+    assert len(found) >= 7 and all(found.values()), found
 
 GROUPED = dict(num_key_value_heads=1, head_dim=16)
 

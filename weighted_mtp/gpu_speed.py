@@ -214,8 +214,9 @@ def timed_steps(
     judged = not setting.dry
     goals = [goal('model FLOP utilisation (MFU)', speed['mfu'], 'at least', .45, judged=judged),
              goal('memory, off from the plan', abs(room['apart']), 'at most', .15, judged=judged)]
+    waited = next((log[key] for log in trainer.logs if (key := 'speed/waiting_for_data') in log), None) # share
     return dict(figures=dict(settings=_settings(config, trainer.model), **speed, memory=room, kinds=where.kinds,
-                             kernels=where.kernels, busy=busy), goals=goals)
+                             kernels=where.kernels, busy=busy, waiting_for_data=waited), goals=goals)
 
 def production_steps(
     setting:Setting, file, name, # As `true_objective` takes them

@@ -188,8 +188,9 @@ def less_sharded(
     "What a traced step takes with less sharding, at most: weights are there all the time, and so may gradients be."
     s = memory_sizes(c, a, ngpus, gpu)
     found = {**step, 'other model': round(other_model_bytes(s))}
-    if s.shards == 1: # gradients are complete then, and once more in buckets
+    if s.shards == 1: # gradients are complete then, and once more in buckets; autocast keeps what it casts
         whole = 4*s.p.trainable
+        found['activations'] = step.get('activations', 0) + (2*s.p.trainable if s.width == 2 else 0)
         found |= {k: ngpus*step[k] for k in ('weights', 'optimizer')} | dict(gradients=whole, buckets=whole)
         found |= {'gathered': 0, 'gradients in transit': 0}
     return {k: n for k, n in found.items() if n}

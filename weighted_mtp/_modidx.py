@@ -997,6 +997,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'weighted_mtp/fitting.py'),
                                       'weighted_mtp.fitting._launch_seconds': ( 'launching/fitting.html#_launch_seconds',
                                                                                 'weighted_mtp/fitting.py'),
+                                      'weighted_mtp.fitting._layouts_given': ( 'launching/fitting.html#_layouts_given',
+                                                                               'weighted_mtp/fitting.py'),
                                       'weighted_mtp.fitting._layouts_of': ('launching/fitting.html#_layouts_of', 'weighted_mtp/fitting.py'),
                                       'weighted_mtp.fitting._level_of': ('launching/fitting.html#_level_of', 'weighted_mtp/fitting.py'),
                                       'weighted_mtp.fitting._line': ('launching/fitting.html#_line', 'weighted_mtp/fitting.py'),

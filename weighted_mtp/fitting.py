@@ -180,6 +180,15 @@ def local_memory()->float|None: # Bytes of this machine's first CUDA device; Non
     except (OSError, subprocess.TimeoutExpired): return None
     return float(lines[0])*2**20 if lines and lines[0].isdigit() else None
 
+def _layouts_given(config, given): # those that do not contradict what is given
+    c = as_attributes(config)
+    f, other = c.distributed.fsdp, other_model(c, architecture(c.model))
+    def fits(strategy, frozen):
+        of_frozen = SHARDING[1] in given and other and strategy == 'FULL_SHARD' # else it says nothing
+        return (SHARDING[0] not in given or f.sharding_strategy == strategy) and \
+               (not of_frozen or str(f.shard_frozen).lower() == frozen)
+    return [l for l, values in LAYOUTS.items() if fits(*values)]
+
 def fit_overrides(
     config, # As the request and its overrides make it
     given, # Keys that they set
@@ -196,13 +205,10 @@ def fit_overrides(
     if architecture(as_attributes(config).model) is None: return [], 'nothing chosen: the architecture is not known'
     fixed = set(given) & set(RECOMPUTATION) and _level_of(config.training)
     if fixed and fixed not in LEVELS: return manual, f'nothing chosen: {RECOMPUTATION[1]} is given'
-    now = [OmegaConf.select(config, k) for k in SHARDING]
-    def allowed(values): return all(k not in given or str(x).lower() == v.lower()
-                                    for k, x, v in zip(SHARDING, now, values))
-    layouts = [l for l, values in LAYOUTS.items() if allowed(values)]
+    layouts = _layouts_given(config, given)
     fit = choose(config, ngpus, limit, (fixed,) if fixed else tuple(LEVELS), wait, layouts)
     b = fit.best
     best = _settings_of(b.recomputed, b.batch_size, b.grad_accum, b.layout)
     changed = apply_overrides(config, best)
     def differs(o): return OmegaConf.select(config, o.split('=')[0]) != OmegaConf.select(changed, o.split('=')[0])
-    return [o for o in best if differs(o)], fit
+    return [o for o in best if differs(o) and o.split('=')[0] not in given], fit

@@ -2,7 +2,12 @@
 That all pipelines train as they do without packing, on one process and on two, is in test_distributed.py."""
 from types import SimpleNamespace
 import pytest, torch
-from transformers import AutoModelForCausalLM, GemmaConfig, GPTNeoXConfig, LlamaConfig, MambaConfig, MistralConfig
+from torch.nn.attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (AutoModelForCausalLM, GemmaConfig, GPTNeoXConfig, LlamaConfig, MambaConfig, MistralConfig,
+                          PreTrainedModel)
+from transformers import modeling_flash_attention_utils as flash
+from transformers.integrations import flex_attention as flex
 
 from weighted_mtp import packing
 from weighted_mtp.config import load_config
@@ -33,16 +38,19 @@ def built(kind, config=None):
             if n.startswith(('extra_heads', 'wrong')): p.add_(.1*torch.randn_like(p))
     return model
 
-def numbers(model, kind, ids, mask, labels): # what is computed of every token, and the gradient
+def numbers(model, kind, ids, mask, labels, backward=True): # what is computed of every token, and the gradient
     model.zero_grad()
-    if kind == 'policy':
-        out = model(ids, mask, labels=labels)
-        out.loss.backward()
-        return [out.token_ce], [p.grad.clone() for p in model.parameters() if p.grad is not None]
     known = labels != -100
-    out = model(ids, mask, known)
-    (out.values if hasattr(out, 'values') and torch.is_tensor(out.values) else out.evidence)[known].sum().backward()
-    return list(model.credit(ids, mask, known)), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with torch.set_grad_enabled(backward):
+        if kind == 'policy':
+            out = model(ids, mask, labels=labels)
+            found, loss = [out.token_ce.detach()], out.loss
+        else:
+            out, found = model(ids, mask, known), list(model.credit(ids, mask, known))
+            has_values = hasattr(out, 'values') and torch.is_tensor(out.values)
+            loss = (out.values if has_values else out.evidence)[known].sum()
+    if backward: loss.backward()
+    return found, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 @pytest.mark.parametrize('kind', BUILD)
 def test_packed_equals_padded(kind):
@@ -118,6 +126,38 @@ def test_which_attention_reads_packed_solutions(monkeypatch):
     half = torch.bfloat16
     assert [on(False, True, half), on(True, False, half), on(True, True, half), on(True, True, torch.float32)] == \
         ['sdpa', 'flex_attention', 'flash_attention_2', 'flex_attention']
+
+def documents_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, **kw):
+    """What flash_attn_varlen_func computes: (tokens, heads, size) each, documents one after the other."""
+    ends = cu_seqlens_q.tolist()
+    lengths = [b - a for a, b in zip(ends, ends[1:])]
+    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k) and ends[0] == 0
+    assert sum(lengths) == len(q) and max_seqlen_q == max_seqlen_k == max(lengths) and causal
+    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
+    return torch.cat([scaled_dot_product_attention(*p, is_causal=True) for p in parts], 1).transpose(0, 1)
+
+@pytest.mark.parametrize('attention', ['flash_attention_2', 'flex_attention'])
+@pytest.mark.parametrize('kind', BUILD)
+def test_attention_of_a_gpu(kind, attention, monkeypatch):
+    """Through transformers' own calls of either, with a stand-in for FlashAttention's kernel, and FlexAttention as it is
+    before it is compiled: torch has no backward pass of it on a CPU."""
+    monkeypatch.setattr('weighted_mtp.backbones.packed_attention', lambda dtype: attention)
+    monkeypatch.setattr(PreTrainedModel, '_flash_attn_can_dispatch', lambda *args, **kw: True)
+    monkeypatch.setattr(flash, '_loaded_implementation', None)
+    kernels = None, documents_alone, None, flash._pad_input, flash._unpad_input
+    monkeypatch.setattr(flash, '_lazy_imports', lambda *args, **kw: kernels)
+    called, plain = [], flex_attention.flex_attention
+    monkeypatch.setattr(flex, 'compile_friendly_flex_attention',
+                        lambda *args, training, **kw: called.append(args[0].shape) or plain(*args, **kw))
+    model, batch = built(kind), example()
+    has_backward = attention != 'flex_attention'
+    want, want_grads = numbers(model, kind, *batch, has_backward)
+    model.use_packing(10)
+    check_packing(model)
+    assert bool(called) != has_backward
+    got, grads = numbers(model, kind, *batch, has_backward)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-4, atol=1e-5)
 
 def test_production_configs_pack():
     files = [f for f in (project_root()/'configs').glob('*/*.yaml') if 'micro' not in f.name]

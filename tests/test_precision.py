@@ -95,15 +95,18 @@ def test_frozen_models_have_the_dtype_of_the_config(data, name, model, dtype):
     trainer = trainer_of(config_of(data, name, 'full', f'model.dtype={dtype}'))
     assert {str(p.dtype) for p in getattr(trainer.objective, model).parameters()} == {f'torch.{dtype}'}
 
-@pytest.mark.skipif('WMTP_ALL' not in os.environ, reason='compiling takes a minute')
+@pytest.mark.parametrize('backend', ['aot_eager', *['inductor']*('WMTP_ALL' in os.environ)]) # that takes a minute
 @pytest.mark.parametrize('name', ['baseline', 'ratio'])
-def test_compiled_blocks_give_the_same_losses(data, name):
+def test_compiled_blocks_give_the_same_losses(data, name, backend, monkeypatch):
+    compiled, own = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: compiled.append(own(m, backend=backend)))
     def losses(*more):
         trainer = trainer_of(config_of(data, name, 'lora', 'training.log_every=1', 'model.dtype=float32',
                                        f'checkpoint.save_dir={data}/none', *more))
         train(trainer, progress=False)
         return [l['train/loss'] for l in trainer.logs if 'train/loss' in l]
-    assert losses('training.compile=true') == pytest.approx(losses())
+    want = losses()
+    assert not compiled and losses('training.compile=true') == pytest.approx(want, rel=1e-5) and compiled
 
 def test_adapters_move_as_in_float32(data):
     """With adapters in bfloat16 an update below half a unit in the last place is lost: at 2e-5 the A matrices moved
@@ -150,12 +153,13 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from accelerate.utils import broadcast_object_list
-from test_precision import begin_run, check_dtypes, config_of, restore, train, trainer_of
+from test_precision import CASES, begin_run, check_dtypes, config_of, restore, train, trainer_of
 from weighted_mtp.runs import is_main, prepare
-data = Path(sys.argv[1])
-for name, tuning in (('baseline', 'lora'), ('baseline', 'full'), ('ratio', 'lora'), ('mlp', 'frozen')):
+data, strategy = Path(sys.argv[1]), sys.argv[3]
+for name, tuning in CASES[::1 if strategy == 'FULL_SHARD' else 5]:
     config = config_of(data, name, tuning, 'training.batch_size=2', 'training.log_every=1',
-                       f'checkpoint.save_dir={data}/sharded-{name}-{tuning}')
+                       f'distributed.fsdp.sharding_strategy={strategy}',
+                       f'checkpoint.save_dir={data}/{strategy}-{name}-{tuning}')
     prepare(config)
     def run(): return broadcast_object_list([begin_run(config, 2) if is_main() else None])[0]
     trainer = trainer_of(config, run())
@@ -168,16 +172,17 @@ for name, tuning in (('baseline', 'lora'), ('baseline', 'full'), ('ratio', 'lora
     if trainer.accelerator.is_main_process: print('loss', name, tuning, trainer.logs[0]['train/loss'], flush=True)
 '''
 
-def test_sharded_over_two_processes(data):
+@pytest.mark.parametrize('strategy', ['FULL_SHARD', 'NO_SHARD'])
+def test_on_two_processes(data, strategy):
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}
     (data/'sharded.py').write_text(SHARDED)
     words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    done = subprocess.run([*words, str(data/'sharded.py'), str(data), str(REPO/'tests')], cwd=data, env=env,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*words, str(data/'sharded.py'), str(data), str(REPO/'tests'), strategy], cwd=data, env=env,
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith('loss')]
-    assert len(found) == 4
-    for name, tuning, loss in found:
+    assert [(name, tuning) for name, tuning, _ in found] == CASES[::1 if strategy == 'FULL_SHARD' else 5]
+    for name, tuning, loss in found[::5]:
         alone = trainer_of(config_of(data, name, tuning, 'training.log_every=1', 'training.max_steps=1'))
         train(alone, progress=False)
         assert float(loss) == pytest.approx(alone.logs[0]['train/loss'], rel=.02), (name, tuning)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest, torch
 
 import warm
+from test_estimate import free_port
 from weighted_mtp.checkpoints import newest_checkpoint
 from weighted_mtp.state_folder import Saver, contents, read_facts
 
@@ -143,6 +144,38 @@ def test_killed_twenty_times_while_it_saves(tmp_path):
         Saver().load(newest, tensors)
         assert len(tensors) == 4 and all((x == step).all() for x in tensors.values()), newest
     assert cut >= 5, f'only {cut} of 20 kills came while a folder was being written'
+
+# The same on two ranks, each of which holds half of every tensor
+SAVES_ON_TWO = SAVES.replace('folder, saver,', """
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+dist.init_process_group('gloo')
+mesh = init_device_mesh('cpu', (2,))
+folder, saver,""").replace("torch.empty(1 << 20)", "distribute_tensor(torch.zeros(1 << 20), mesh, [Shard(0)])")
+
+def test_two_ranks_killed_while_they_save(tmp_path):
+    """Either is killed, now and then before the other: a folder is whole only when both halves are."""
+    step, cut, rng = 0, 0, random.Random(os.urandom(8))
+    def said(): return int(done.read_text() or 0) if (done := tmp_path/'done').exists() else 0
+    for i in range(KILLS):
+        port = free_port()
+        def rank(r): return environment(RANK=str(r), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        both = [warm.Process([sys.executable, '-c', SAVES_ON_TWO, str(tmp_path), str(step+1)], tmp_path, rank(r))
+                for r in range(2)]
+        while said() <= step: time.sleep(.002); assert both[0].poll() is None, both[0].communicate()
+        time.sleep(rng.random()*.2)
+        for p in both[::1 if i%2 else -1]:
+            p.kill()
+            time.sleep(rng.random()*.1)
+        for p in both: p.wait(30)
+        cut += bool(list(tmp_path.glob('*.part')))
+        newest = newest_checkpoint(tmp_path, 'mine')
+        step, least = read_facts(newest)['training']['step'], said()
+        assert step >= least
+        tensors = {name: torch.empty(1 << 20) for name in contents(newest)}
+        Saver().load(newest, tensors)
+        assert len(tensors) == 4 and all((x == step).all() for x in tensors.values()), newest
+    assert cut, f'none of {KILLS} kills came while a folder was being written'
 
 def test_sigterm_saves_first(root, tmp_path):
     record, rare = tmp_path/'record', 'checkpoint.save_checkpoint_every=1000'

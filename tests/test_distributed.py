@@ -14,7 +14,8 @@ ALL = 'WMTP_ALL' in os.environ
 REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
 CRITICS = ('critic', 'critic-bce', 'critic-lora', 'critic-mlp', 'critic-surprise', 'critic-first_error') # or ratio
-CUT = (*PIPELINES, 'verifiable-gae', 'verifiable-lora', *CRITICS[1:]) # trained in micro-batches of several sizes, on one and two ranks
+# Trained in micro-batches of several sizes, on one and on two ranks
+CUT = (*PIPELINES, 'verifiable-gae', 'verifiable-lora', *CRITICS[1:])
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.backbone=micro', 'model.hidden_size=32',
          'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'

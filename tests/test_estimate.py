@@ -23,6 +23,8 @@ CASES = { # pipeline, model, training, length of samples, processes, more overri
         'batch_size=8 gradient_checkpointing=true selective_checkpointing=true', 256, 1),
     'baseline: packed': ('baseline', 'hidden_size=384 n_layers=2 n_heads=8', 'batch_size=4 packing=true', 256, 1),
     'baseline: LoRA': ('baseline', 'hidden_size=512 n_layers=2 n_heads=8 tuning=lora', 'batch_size=2', 256, 1),
+    'baseline: LoRA in bfloat16': (
+        'baseline', 'hidden_size=768 n_layers=3 n_heads=8 tuning=lora dtype=bfloat16', 'batch_size=3', 256, 1),
     'baseline: heads alone': ('baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=frozen', 'batch_size=3', 256, 1),
     'critic: with logits': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1,
                             'critic.head=surprise', 'critic.lm_weight=1'),
@@ -219,6 +221,16 @@ def test_choices_are_bounded_by_traced_steps(monkeypatch, tmp_path):
         a = as_attributes(own)
         step = sum(with_overhead(memory_by_kind(own, 2), a, architecture(a.model), 2).values()) - FIXED[True]
         assert .999 < (c.memory - FIXED[True])/step < 1.2, (str(c), step)
+
+def test_a_plan_says_that_a_step_was_traced(monkeypatch, tmp_path):
+    from weighted_mtp.plan import make_plan
+    monkeypatch.setenv('WMTP_TRACE', '1')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    small = ['model.backbone=micro', 'model.hidden_size=64', 'model.n_layers=2', 'model.n_heads=2',
+             'dataset.max_length=64']
+    e = make_plan('baseline', ngpus=1, target='vessl', overrides=small).estimate()
+    assert e.memory_basis.startswith('traced: ') and 'memory' in str(e) and 0 < e.memory_gb < 10
+    assert len(list(tmp_path.rglob('*.json'))) == 1
 
 if __name__ == '__main__':
     if len(sys.argv) > 1: print(json.dumps(measure_all(sys.argv[1])))

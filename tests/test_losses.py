@@ -315,7 +315,7 @@ def test_benchmarks_page(tmp_path):
         problems=40, batch=4, step_rounds=1, micro_steps=1, wide_steps=1, plain_steps=2, wide_vocab=1500, # steps
         peak_dim=64, peak_steps=1, peak_size=256, # memory
         solutions=600, index_problems=50, index_solutions=3000, n_pairs=300, padding_samples=100, # data
-        made_problems=60, programs=6, prompts=2, generate_rounds=1, policy_steps=5,
+        made_problems=60, programs=6, prompts=2, generate_rounds=1, policy_steps=5, adapter_numbers=6400, saves=1,
         policy_overrides=['dataset.n_problems=60', 'training.cpu_threads=1', 'data_sampling.n_validation=20'])
     shutil.copytree(REPO/'configs', tmp_path/'configs')
     shutil.copy(REPO/'settings.ini', tmp_path)

@@ -95,6 +95,12 @@ def test_frozen_models_have_the_dtype_of_the_config(data, name, model, dtype):
     trainer = trainer_of(config_of(data, name, 'full', f'model.dtype={dtype}'))
     assert {str(p.dtype) for p in getattr(trainer.objective, model).parameters()} == {f'torch.{dtype}'}
 
+@pytest.mark.parametrize('tuning, dtype', [('lora', torch.bfloat16), ('full', torch.float32)])
+def test_a_micro_backbone_has_the_dtype_of_the_config(data, tuning, dtype):
+    "It had float32 whatever the config said, and on a GPU took twice the memory of the plan."
+    config = config_of(data, 'baseline', tuning, 'model.backbone=micro', f'model.tokenizer={data}/backbone')
+    assert {p.dtype for p in load_parts(config)[1].parameters()} == {dtype}
+
 @pytest.mark.parametrize('backend', ['aot_eager', *['inductor']*('WMTP_ALL' in os.environ)]) # that takes a minute
 @pytest.mark.parametrize('name', ['baseline', 'ratio'])
 def test_compiled_blocks_give_the_same_losses(data, name, backend, monkeypatch):

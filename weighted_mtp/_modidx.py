@@ -1473,6 +1473,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'weighted_mtp/memory_formula.py'),
                                              'weighted_mtp.memory_formula.bucket_bytes': ( 'launching/memory_formula.html#bucket_bytes',
                                                                                            'weighted_mtp/memory_formula.py'),
+                                             'weighted_mtp.memory_formula.computes_in_half': ( 'launching/memory_formula.html#computes_in_half',
+                                                                                               'weighted_mtp/memory_formula.py'),
                                              'weighted_mtp.memory_formula.gradient_bytes': ( 'launching/memory_formula.html#gradient_bytes',
                                                                                              'weighted_mtp/memory_formula.py'),
                                              'weighted_mtp.memory_formula.less_sharded': ( 'launching/memory_formula.html#less_sharded',

@@ -237,11 +237,11 @@ def load_parts(
         raise UserError("model.backbone = micro has no tokenizer of its own: set model.tokenizer, or "
                         "dataset.embedded=true.")
     tokenizer = _load_tokenizer(where or model_folder(m.backbone))
+    dtype = torch.float32 if m.tuning == 'full' else compute_dtype(m)
     if m.backbone == 'micro':
         from weighted_mtp.synthetic import make_micro_model
-        return tokenizer, make_micro_model(tokenizer=tokenizer, hidden_size=m.hidden_size, n_layers=m.n_layers,
-                                           n_heads=m.n_heads, max_length=d.max_length, seed=config.training.seed)
-    dtype = torch.float32 if m.tuning == 'full' else compute_dtype(m)
+        sizes = dict(hidden_size=m.hidden_size, n_layers=m.n_layers, n_heads=m.n_heads, max_length=d.max_length)
+        return tokenizer, make_micro_model(tokenizer=tokenizer, seed=config.training.seed, **sizes).to(dtype)
     backbone = load_backbone(m.backbone, dtype, parts=is_distributed())
     _same_tokens(tokenizer, where, m.backbone, backbone.get_input_embeddings().num_embeddings)
     return tokenizer, backbone

@@ -15,7 +15,7 @@ REPO, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PIPELINES = ('baseline', 'ntp', 'ref_tuning', 'verifiable', 'rho1', 'critic')
 CRITICS = ('critic', 'critic-bce', 'critic-lora', 'critic-mlp', 'critic-surprise', 'critic-first_error') # or ratio
 # Trained in micro-batches of several sizes, on one and on two ranks
-CUT = (*PIPELINES, 'verifiable-gae', 'verifiable-lora', *CRITICS[1:])
+CUT = (*PIPELINES, *(f'verifiable-{x}' for x in ('gae', 'focal', 'dft', 'lora')), *CRITICS[1:])
 SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.backbone=micro', 'model.hidden_size=32',
          'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
@@ -73,6 +73,8 @@ found = {}
 LORA = ['model.tuning=lora', 'model.lora.dropout=0', 'model.backbone=backbone', 'training.gradient_checkpointing=true']
 VARIANTS = {'verifiable-gae': ['training.weighting=gae'],
             'verifiable-lora': LORA,
+            'verifiable-focal': ['training.weighting=focal'],
+            'verifiable-dft': ['training.weighting=dft'],
             'critic-bce': ['critic.bce_weight=0.5'],
             'critic-lora': LORA,
             'critic-surprise': ['critic.head=surprise'],
@@ -99,9 +101,10 @@ for name in %r:
     trainer.optimizer.register_step_pre_hook(keep)
     train(trainer)
     logs = [{k: v for k, v in l.items() if k.startswith('train/')} for l in trainer.logs if 'train/loss' in l]
+    padding = [l['speed/padding'] for l in trainer.logs if 'train/loss' in l]
     moments = getattr(objective, 'moments', None)
-    found[name] = dict(grads=torch.stack(grads), logs=logs, held=held/total, evaluated=evaluate(trainer),
-                       items=[len(objective.data)], moments=moments and moments.state_dict())
+    found[name] = dict(grads=torch.stack(grads), logs=logs, padding=padding, held=held/total,
+                       evaluated=evaluate(trainer), items=[len(objective.data)], moments=moments and moments.state_dict())
 if is_main(): torch.save(found, out)
 ''' % (CUT,)
 
@@ -143,6 +146,7 @@ def test_every_cut_gives_the_same_loss_and_gradient(steps, pipeline, name):
     for k, w in want['evaluated'].items():
         assert k in skipped or got['evaluated'][k] == pytest.approx(w, rel=1e-5, abs=1e-6), k
     if want['moments']: torch.testing.assert_close(got['moments'], want['moments'])
+    if 'packed' in name: assert all(0 <= p < w for p, w in zip(got['padding'], want['padding'], strict=True))
 
 REDUCED = '''
 import sys

@@ -32,6 +32,12 @@ CASES = { # pipeline, model, training, length of samples, processes, more overri
     'critic: ratio, both on all': ('critic', 'hidden_size=128 n_layers=1 n_heads=4', 'batch_size=16', 256, 1,
                                    'critic.bce_weight=1'),
     'rho1: with reference': ('rho1', 'hidden_size=384 n_layers=1 n_heads=8', 'batch_size=3', 256, 1),
+    'critic: first_error': ('critic', 'hidden_size=256 n_layers=2 n_heads=4', 'batch_size=6', 256, 1,
+                            'critic.head=first_error'),
+    'verifiable: sharded over two': ('verifiable', 'hidden_size=384 n_layers=2 n_heads=8', 'batch_size=3', 128, 2),
+    'baseline: as in production, over four': (
+        'baseline', 'hidden_size=512 n_layers=4 n_heads=8 tuning=lora dtype=bfloat16',
+        'batch_size=4 packing=true gradient_checkpointing=true', 256, 4),
     'ntp: sharded over two': ('ntp', 'hidden_size=640 n_layers=3 n_heads=8', f'batch_size=2 {ACCUMULATE}', 128, 2),
     'rho1: sharded over two': ('rho1', 'hidden_size=512 n_layers=2 n_heads=8', 'batch_size=2', 128, 2),
     'ntp: copied over two': ('ntp', 'hidden_size=640 n_layers=2 n_heads=8', 'batch_size=2', 128, 2, NO_SHARD)}
@@ -46,6 +52,7 @@ def config_of(case, root): # the case's config, its files in `root`
                   f'training.max_steps={PER_STEP}', 'checkpoint.save_checkpoint_every=1',
                   'model.backbone=micro', 'critic.blind_yardstick=false', 'critic.lm_first=0', *other]
     if pipeline == 'rho1': overrides.append(f'experiment.reference_checkpoint={root}/reference')
+    if pipeline == 'verifiable': overrides.append(f'experiment.critic_checkpoint={root}/critic.pt')
     return load_config(f'configs/{pipeline}/{pipeline}_micro.yaml', overrides)
 
 def status(key):
@@ -78,15 +85,12 @@ def free_port():
 
 def measure(root, case, n, port, rank): # growth of this process's peak
     from weighted_mtp.config import apply_overrides
-    from weighted_mtp.runs import load_parts, prepare
-    from weighted_mtp.synthetic import make_micro_model
+    from weighted_mtp.runs import prepare
     if n > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
                            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     config = config_of(case, root)
     prepare(config)
-    if config.pipeline == 'rho1':
-        make_micro_model(f'{root}/reference', load_parts(config)[0], hidden_size=768, n_layers=4, n_heads=8)
     small = ['model.hidden_size=32', 'model.n_layers=1', 'model.n_heads=2', 'training.batch_size=1']
     train(apply_overrides(config, small), CASES[case][3]) # what is loaded on first use
     time.sleep(.5) # the thread that saved lets go of the model a moment after the folder is there
@@ -123,8 +127,19 @@ def measured(root): # what is freed goes back to the system at once, so that a p
     return json.loads(done.stdout.splitlines()[-1])
 
 def make_data(root):
-    from weighted_mtp.synthetic import make_dataset
+    from transformers import AutoTokenizer
+    from weighted_mtp.data import vocabulary_id
+    from weighted_mtp.models import build_ratio_model, save_checkpoint
+    from weighted_mtp.synthetic import make_dataset, make_micro_model
     with contextlib.redirect_stderr(io.StringIO()): make_dataset(Path(root)/'data', n_problems=100, n_held_out=50)
+    tokenizer = AutoTokenizer.from_pretrained(Path(root)/'data/tokenizer')
+    make_micro_model(f'{root}/reference', tokenizer, hidden_size=768, n_layers=4, n_heads=8)
+    sizes = dict(hidden_size=512, n_layers=4, n_heads=8)
+    critic = build_ratio_model(make_micro_model(tokenizer=tokenizer, **sizes))
+    save_checkpoint(f'{root}/critic.pt', critic, vocabulary=vocabulary_id(tokenizer))
+    run = {'pipeline': 'critic', 'critic.head': 'ratio', 'model.backbone': 'micro', 'model.tuning': 'full'}
+    facts = dict(config=run | {f'model.{k}': v for k, v in sizes.items()})
+    (Path(root)/'run.json').write_text(json.dumps(facts)) # what a plan reads of it
     return root
 
 def predicted(case, root):

@@ -106,6 +106,7 @@ for name in ('value', 'ratio', 'lora'):
     for how, sharded in HOW:
         critic = load_critic(f'critic-{name}.pt', sharded=sharded)
         assert sharded == hasattr(critic, 'unshard')
+        if sharded: assert f'critic-{name}.pt' not in open('/proc/self/maps').read() # a rank keeps its part alone
         found[f'critic-{name}{how}'] = dict(zip('rv', critic.credit(ids, torch.ones_like(ids), ids > 6)))
 for path in ('reference-full.pt', 'reference-lora.pt', 'backbone'):
     for how, sharded in HOW:

@@ -127,35 +127,40 @@ def test_which_attention_reads_packed_solutions(monkeypatch):
     assert [on(False, True, half), on(True, False, half), on(True, True, half), on(True, True, torch.float32)] == \
         ['sdpa', 'flex_attention', 'flash_attention_2', 'flex_attention']
 
+READ = [] # lengths of documents, call by call
+
 def documents_alone(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, **kw):
     """What flash_attn_varlen_func computes: (tokens, heads, size) each, documents one after the other."""
     ends = cu_seqlens_q.tolist()
     lengths = [b - a for a, b in zip(ends, ends[1:])]
     assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k) and ends[0] == 0
     assert sum(lengths) == len(q) and max_seqlen_q == max_seqlen_k == max(lengths) and causal
+    READ.append(lengths)
     parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
     return torch.cat([scaled_dot_product_attention(*p, is_causal=True) for p in parts], 1).transpose(0, 1)
 
 @pytest.mark.parametrize('attention', ['flash_attention_2', 'flex_attention'])
 @pytest.mark.parametrize('kind', BUILD)
 def test_attention_of_a_gpu(kind, attention, monkeypatch):
-    """Through transformers' own calls of either, with a stand-in for FlashAttention's kernel, and FlexAttention as it is
-    before it is compiled: torch has no backward pass of it on a CPU."""
+    """Through transformers' own calls of either, with a stand-in for FlashAttention's kernel, and FlexAttention as it
+    is before it is compiled: torch has no backward pass of it on a CPU."""
     monkeypatch.setattr('weighted_mtp.backbones.packed_attention', lambda dtype: attention)
     monkeypatch.setattr(PreTrainedModel, '_flash_attn_can_dispatch', lambda *args, **kw: True)
     monkeypatch.setattr(flash, '_loaded_implementation', None)
     kernels = None, documents_alone, None, flash._pad_input, flash._unpad_input
     monkeypatch.setattr(flash, '_lazy_imports', lambda *args, **kw: kernels)
-    called, plain = [], flex_attention.flex_attention
+    plain = flex_attention.flex_attention
     monkeypatch.setattr(flex, 'compile_friendly_flex_attention',
-                        lambda *args, training, **kw: called.append(args[0].shape) or plain(*args, **kw))
+                        lambda *args, training, **kw: READ.append(args[0].shape[2]) or plain(*args, **kw))
     model, batch = built(kind), example()
     has_backward = attention != 'flex_attention'
     want, want_grads = numbers(model, kind, *batch, has_backward)
     model.use_packing(10)
     check_packing(model)
-    assert bool(called) != has_backward
+    READ.clear()
     got, grads = numbers(model, kind, *batch, has_backward)
+    # documents, and what rows are filled up with
+    assert READ and all(x == 128 or sorted(x) == [2, 3, 4, 5, 9] for x in READ)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grads, want_grads, rtol=1e-4, atol=1e-5)
 

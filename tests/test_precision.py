@@ -59,8 +59,8 @@ def trainer_of(config, run=None):
 def check_dtypes(trainer):
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     frozen = {n: p.dtype for n, p in trainer.model.named_parameters() if not p.requires_grad}
-    moments = {n: x for n, p in trained.items() for x in trainer.optimizer.state[p].values()}
-    assert trained and moments
+    moments = {(n, k): x for n, p in trained.items() for k, x in trainer.optimizer.state[p].items()}
+    assert trained and {k for _, k in moments} >= {'exp_avg', 'exp_avg_sq'}
     assert {p.dtype for p in trained.values()} == {x.dtype for x in moments.values()} == {torch.float32}
     assert set(frozen.values()) <= {torch.bfloat16} and (frozen or trainer.config.model.tuning == 'full')
 
@@ -86,7 +86,7 @@ def test_the_losses_are_those_of_float32(data, name, tuning):
                                        f'checkpoint.save_dir={data}/none'))
         train(trainer, progress=False)
         return [l['train/loss'] for l in trainer.logs if 'train/loss' in l]
-    assert losses('bfloat16') == pytest.approx(losses('float32'), rel=.02)
+    assert losses('bfloat16') == pytest.approx(losses('float32'), rel=1e-3)
 
 @pytest.mark.parametrize('name, model', [('verifiable', 'critic'), ('rho1', 'reference')])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -191,4 +191,4 @@ def test_on_two_processes(data, strategy):
     for name, tuning, loss in found[::5]:
         alone = trainer_of(config_of(data, name, tuning, 'training.log_every=1', 'training.max_steps=1'))
         train(alone, progress=False)
-        assert float(loss) == pytest.approx(alone.logs[0]['train/loss'], rel=.02), (name, tuning)
+        assert float(loss) == pytest.approx(alone.logs[0]['train/loss'], rel=1e-4), (name, tuning)

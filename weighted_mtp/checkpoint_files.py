@@ -101,7 +101,9 @@ def fill_weights(
     if lost.unexpected_keys or (_is_complete(c) and missing):
         key = (lost.unexpected_keys + missing)[0]
         raise UserError(f"Checkpoint {path} does not fit its own config: {key}.")
-    if assign: model.tie_weights()
+    if assign:
+        model.tie_weights()
+        for b in model.buffers(): b.data = b.data.clone() # else they keep the file mapped when parameters are sharded
     check_logits(model)
     return model.eval()
 

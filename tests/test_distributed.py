@@ -20,11 +20,12 @@ SMALL = ['dataset.n_problems=100', 'data_sampling.n_validation=40', 'model.backb
          'model.n_layers=2', 'model.n_heads=2', 'training.log_every=1', 'training.cpu_threads=1']
 CRITIC, REFERENCE = 'experiment.critic_checkpoint=critic.pt', 'experiment.reference_checkpoint=reference.pt'
 
-def shell(root, *words, n=1, timeout=300): # a program of ours, under torchrun where it is more than one process
+# A program of ours, under torchrun where it is more than one process; forked: not one that starts itself again
+def shell(root, *words, n=1, timeout=300, forked=True):
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
-    if n == 1: return warm.run([sys.executable, *words], root, env, timeout)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
-    return subprocess.run([*torchrun, *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
+    if n == 1 and forked: return warm.run([sys.executable, *words], root, env, timeout)
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}'] if n > 1 else []
+    return subprocess.run([sys.executable, *torchrun, *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
 
 def train(root, pipeline, *overrides, n=1):
     words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
@@ -270,9 +271,10 @@ from datetime import timedelta
 from pathlib import Path
 from torch.distributed.distributed_c10d import _set_pg_timeout as wait_for_others
 import weighted_mtp.failures as failures, weighted_mtp.policies as p, weighted_mtp.runs as runs
+from weighted_mtp.state_folder import WholeFolder
 from weighted_mtp.config import UserError
 from weighted_mtp.policies import PolicyObjective, run_policy
-RANK, AT, HANG = int(os.environ['RANK']), NUMBER, SLOW
+RANK, AT, HANG, LOADING, TWICE = int(os.environ.get('RANK', 0)), NUMBER, SLOW, EARLY, AGAIN
 runs.Ranks = functools.partial(failures.Ranks, patience=2)
 class Failing(PolicyObjective):
     seen = 0
@@ -280,12 +282,17 @@ class Failing(PolicyObjective):
         self.seen += 1
         loss, shares = super().loss(*a)
         if self.seen == 1 and HANG: wait_for_others(timedelta(seconds=8)) # not at the start, which may take longer
-        if self.seen == AT and 'WMTP_TRIED_AGAIN' not in os.environ and ON:
+        if self.seen == AT and (TWICE or 'WMTP_TRIED_AGAIN' not in os.environ) and ON:
             Path(os.environ['WMTP_RUN_DIR'], 'failed').touch()
             KIND
         if self.seen == 1: print('micro-batches of', len(a[1]['input_ids']), flush=True)
         return loss, shares
 p.OBJECTIVES['baseline'] = Failing
+def fail(*args, **kw): raise RuntimeError('planted failure of rank 1')
+def full(*args, **kw): raise OSError(28, 'No space left on device')
+if LOADING and ON:
+    Path(os.environ['WMTP_RUN_DIR'], 'failed').touch()
+    p.load_parts = fail
 runs.pipeline_main('baseline', run_policy)
 '''
 SMALLER = "training.batch_size=2 with training.gradient_accumulation_steps=4 (the effective batch stays)"
@@ -300,6 +307,9 @@ FAILURES = { # on which rank, what happens, and what the one message says
     'hang': (1, 'time.sleep(600)', 'rank 0, step 2 of 50: another rank failed, or did not answer for '),
     'nan': (1, "loss, self.seen = loss*float('nan'), self.seen - 1",
             'The loss became nan or infinite in 2 steps running; the last was step 3 on rank 1, problems '),
+    'loading': (1, 'pass', 'RuntimeError: planted failure of rank 1'),
+    'evaluation': (1, 'Failing.evaluate = fail', 'RuntimeError: planted failure of rank 1'),
+    'saving': (1, 'WholeFolder.write_data = full', 'could not be saved ([Errno 28] No space left on device)'),
     'memory': (1, FULL, '(rank 1, step 2 of 50). Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.25 GiB '
                         f'of which 1.12 GiB is free. Lower it to {SMALLER}')}
 
@@ -309,8 +319,10 @@ def database(root): # made before: a run that fails waits ten seconds for MLflow
     assert made.returncode == 0, made.stderr
     return root/'failures.db'
 
-def fail(root, folder, rank, what, *overrides, kind='', at=3): # at which micro-batch of this rank, two a step
-    filled = dict(KIND=what, ON=f'RANK == {rank}', NUMBER=str(at), SLOW=str(kind == 'hang'))
+# At which micro-batch of this rank, two a step; on how many ranks; in the second try, too?
+def fail(root, folder, rank, what, *overrides, kind='', at=3, n=2, again=False):
+    filled = dict(KIND=what, ON=f'RANK == {rank}', NUMBER=str(at), SLOW=str(kind == 'hang'),
+                  EARLY=str(kind == 'loading'), AGAIN=str(again))
     text = FAIL
     for k, v in filled.items(): text = text.replace(k, v)
     (folder/'fail.py').write_text(text)
@@ -320,19 +332,20 @@ def fail(root, folder, rank, what, *overrides, kind='', at=3): # at which micro-
     os.environ['WMTP_RUN_DIR'] = str(folder)
     try:
         program = [str(folder/'fail.py'), '--config', 'configs/baseline/baseline_micro.yaml']
-        return shell(root, *program, *words, n=2, timeout=240)
+        return shell(root, *program, *words, n=n, timeout=240, forked=False)
     finally: del os.environ['WMTP_RUN_DIR']
 
 @pytest.mark.parametrize('kind', FAILURES)
 def test_a_failing_rank_ends_the_job_with_one_message_within_a_minute(root, database, tmp_path, kind):
     rank, what, says = FAILURES[kind]
-    done = fail(root, tmp_path, rank, what, kind=kind)
+    often = ['checkpoint.save_checkpoint_every=0.1'] if kind in ('evaluation', 'saving') else []
+    done = fail(root, tmp_path, rank, what, *often, kind=kind)
     took = time.time() - (tmp_path/'failed').stat().st_mtime
     print(f'{kind}: ended after {took:.0f} s')
     assert done.returncode != 0 and took < 60
     own = [l for l in done.stderr.splitlines() if l.startswith(('Error: ', 'RuntimeError: '))]
     assert len(own) == 1 and says in own[0], done.stderr
-    if kind != 'RuntimeError': assert done.stderr.count('Traceback') <= 1, done.stderr # torchrun's own
+    if not says.startswith('RuntimeError'): assert done.stderr.count('Traceback') <= 1, done.stderr # torchrun's own
     spoken = kind not in ('abort', 'kill', 'stop') # by the rank itself: the record keeps it
     if spoken: assert says in (tmp_path/'error.txt').read_text() and done.stderr.count(says) == 2 # and torchrun
     said = last_words(done.stderr.splitlines())
@@ -346,6 +359,12 @@ def mlflow_statuses(record, database): # of the newest run; with those of runs t
     with sqlite3.connect(database) as db: found = db.execute('select status from runs order by start_time').fetchall()
     unsent = [json.loads(f.read_text().splitlines()[-1]) for f in record.glob('mlflow-spool-*.jsonl')]
     return [status for status, in found[-1:]] + [x.get('end') for x in unsent]
+
+def test_out_of_memory_a_second_time_ends_the_run(root, database, tmp_path):
+    done = fail(root, tmp_path, 0, FULL.replace('GPU 1', 'GPU 0'), 'training.fit=auto', at=1, n=1, again=True)
+    assert done.returncode != 0 and done.stderr.count('once more with') == 1, done.stderr
+    own = [l for l in done.stderr.splitlines() if l.startswith('Error: ')]
+    assert len(own) == 1 and 'Lower it to training.batch_size=1 with' in own[0] and 'Traceback' not in done.stderr
 
 def test_out_of_memory_in_the_first_step_is_tried_once_more(root, database, tmp_path):
     done = fail(root, tmp_path, 1, FULL, 'training.max_steps=3', 'training.fit=auto', at=1)

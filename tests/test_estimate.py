@@ -210,10 +210,11 @@ def table(root):
     rows = {case: dict(measured=peak, traced=sum(found['traced'][case].values()),
                        formula=sum(predicted(case, root).values())) for case, peak in found['peaks'].items()}
     (REPO/'nbs/studies/memory.json').write_text(json.dumps(rows, indent=1) + '\n')
-    yield f"{'':27} measured    traced        formula"
+    width = max(map(len, rows))
+    yield f"{'':{width}} measured    traced        formula"
     for case, r in rows.items():
         ratios = (f"{r[k]/1e6:6.0f} MB {r[k]/r['measured']:.2f}" for k in ('traced', 'formula'))
-        yield f"{case:27} {r['measured']/1e6:5.0f} MB  {'  '.join(ratios)}"
+        yield f"{case:{width}} {r['measured']/1e6:5.0f} MB  {'  '.join(ratios)}"
 
 def test_choices_are_bounded_by_traced_steps(monkeypatch, tmp_path):
     """`training.fit: auto` traces the smallest and the largest micro-batch, sharded; what lies between, and what is

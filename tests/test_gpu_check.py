@@ -1,5 +1,5 @@
 """`make gpu-check` as CI can run it: all of it small, on the CPU, each part in its own process."""
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from weighted_mtp.gpu_check import PARTS, Part, run_parts
@@ -17,6 +17,19 @@ def dry(tmp_path_factory):
                           env={**os.environ, 'PYTHONPATH': str(REPO), 'WMTP_TRACE': '1'})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return json.loads((out/'gpu-check.json').read_text()), out
+
+def test_the_environment_of_a_gpu_machine_uses_its_own_torch(tmp_path):
+    for name in ('Makefile', 'pyproject.toml', 'constraints.txt', 'README.md'): shutil.copy(REPO/name, tmp_path)
+    shutil.copytree(REPO/'weighted_mtp', tmp_path/'weighted_mtp')
+    command = ['make', '.venv-gpu/.installed', f'PYTHON={sys.executable}']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    code = 'import torch, weighted_mtp.gpu_check as g; print(torch.__file__, g.__file__, sep="\\n")'
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    python, texts = tmp_path/'.venv-gpu/bin/python', dict(capture_output=True, text=True)
+    found = subprocess.run([python, '-c', code], cwd='/', env=env, **texts)
+    own = subprocess.run([sys.executable, '-c', 'import torch; print(torch.__file__)'], **texts)
+    assert found.stdout.splitlines() == [own.stdout.strip(), f'{tmp_path}/weighted_mtp/gpu_check.py'], found.stderr
 
 def test_every_part_ran_and_says_on_what(dry):
     report, _ = dry

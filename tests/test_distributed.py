@@ -25,7 +25,8 @@ def shell(root, *words, n=1, timeout=300, forked=True):
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'PATH': f"{BIN}:{os.environ['PATH']}", 'OMP_NUM_THREADS': '1'}
     if n == 1 and forked: return warm.run([sys.executable, *words], root, env, timeout)
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}'] if n > 1 else []
-    return subprocess.run([sys.executable, *torchrun, *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
+    command = [sys.executable, *torchrun, *words]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=timeout)
 
 def train(root, pipeline, *overrides, n=1):
     words = [w for o in (*SMALL, *overrides) for w in ('--override', o)]
@@ -105,7 +106,8 @@ for name in %r:
     padding = [l['speed/padding'] for l in trainer.logs if 'train/loss' in l]
     moments = getattr(objective, 'moments', None)
     found[name] = dict(grads=torch.stack(grads), logs=logs, padding=padding, held=held/total,
-                       evaluated=evaluate(trainer), items=[len(objective.data)], moments=moments and moments.state_dict())
+                       evaluated=evaluate(trainer), items=[len(objective.data)],
+                       moments=moments and moments.state_dict())
 if is_main(): torch.save(found, out)
 ''' % (CUT,)
 

@@ -393,7 +393,7 @@ class Training:
     def said(self, text): return text in self.err.read_text()
     def result(self): return json.loads((self.record/'result.json').read_text())
     def final(self): return torch.load(self.checkpoints/'checkpoint_final.pt', weights_only=True)
-    def ended(self): return self.p.wait(120) == 0 or pytest.fail(self.err.read_text()[-3000:])
+    def ended(self): return self.p.wait(300) == 0 or pytest.fail(self.err.read_text()[-3000:])
 
     def kill(self): self.p.kill(); self.p.wait()
 
@@ -422,13 +422,13 @@ def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server
     steps = lambda run_id: [i for i, _ in history(uri, run_id, 'train/loss')]
     t = Training(project, 'served', uri, 'checkpoint.upload_to=s3://wmtp-training/wmtp')
     try:
-        run, = until(lambda: runs(uri, 'served'), 90)
+        run, = until(lambda: runs(uri, 'served'), 300)
         epochs = lambda: [k for k in in_bucket() if 'epoch' in k] # files that are not written again
-        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and epochs(), 120)
+        held = until(lambda: t.step() > 0 and steps(run.info.run_id) and epochs(), 300)
         mlflow_server.kill(); s3_server.kill()
         before = t.logged()
         noticed = lambda: all(t.said(f'{name} does not answer') for name in names)
-        until(lambda: noticed() and t.logged() >= before + 4*EVERY, 120)
+        until(lambda: noticed() and t.logged() >= before + 4*EVERY, 300)
         t.p.send_signal(signal.SIGSTOP) # however slowly servers start, steps are left for when they are back
         between = t.logged()
         assert 0 < before < between < STEPS - 4*EVERY and t.p.poll() is None
@@ -452,7 +452,7 @@ def test_training_outlives_both_servers(project, alone, mlflow_server, s3_server
     files = {f'wmtp/ntp/served/{f.relative_to(t.checkpoints).as_posix()}': f.stat().st_size for f in left}
     last = {f'wmtp/ntp/served/checkpoint_{x}.pt' for x in ('best', 'final')}
     assert in_bucket() == files and files.keys() >= {*held, *last}
-    until((alone[0].checkpoints/'checkpoint_final.pt').is_file, 90)
+    until((alone[0].checkpoints/'checkpoint_final.pt').is_file, 300)
     state, other = t.final()['state'], alone[0].final()['state']
     assert state.keys() == other.keys()
     for k, w in state.items(): assert torch.equal(w, other[k]), k

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOCAB', 'KNOWN', 'make_shape', 'shape_from_file', 'architecture', 'to_namespace', 'as_attributes',
            'risk_head_parameters', 'value_head_parameters', 'matrix_parameters', 'block_parameters', 'rest_parameters',
-           'is_ratio', 'adapter_parameters', 'count_parameters', 'shape_of_checkpoint', 'other_model',
+           'is_ratio', 'adapter_parameters', 'count_parameters', 'half_precision', 'shape_of_checkpoint', 'other_model',
            'inference_parameters']
 
 # %% ../nbs/models/12_model_sizes.ipynb #16d01202
@@ -126,6 +126,13 @@ def count_parameters(
                            block=block, adapters=adapters, rest=rest)
 
 # %% ../nbs/models/12_model_sizes.ipynb #9ecda4b7
+def half_precision(
+    model, # The config's `model` section
+    gpu:bool, # Whether the run is on one
+)->bool:
+    "Whether products and frozen weights have two bytes a number (bfloat16), not four."
+    return model.dtype != 'float32' and (gpu or model.dtype != 'auto')
+
 def _ratio_copies(config): # of a critic's run.json: backbones in memory; a token goes through two models
     of_ratio = config.get('pipeline') == 'critic' and config.get('critic.head') == 'ratio'
     return (2 if config.get('model.tuning') == 'full' else 1, 2) if of_ratio else (1, 1)

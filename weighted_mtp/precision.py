@@ -11,13 +11,14 @@ from types import MethodType
 import torch
 from peft.tuners.lora import LoraLayer
 
+from .model_sizes import half_precision
+
 # %% ../nbs/training/22_precision.ipynb #23f00006
 def compute_dtype(
     m, # The config's `model` section
 )->torch.dtype:
     "What frozen weights are kept in and products are computed in."
-    if m.dtype != 'auto': return getattr(torch, m.dtype)
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if half_precision(m, torch.cuda.is_available()) else torch.float32
 
 # %% ../nbs/training/22_precision.ipynb #5f320002
 def keep_trained_in_float32(

@@ -22,9 +22,8 @@ from .config import apply_overrides, plain
 from .critic import EVIDENCE_HEADS, CriticObjective, build_critic
 from .data import Sample
 from .files import model_folder, project_root, write_text
-from .memory_formula import computes_in_half
 from .model_building import build_policy
-from .model_sizes import architecture, as_attributes, other_model
+from .model_sizes import architecture, as_attributes, half_precision, other_model
 from .optim import make_optimizer
 from .policies import OBJECTIVES
 from .precision import autocast_forward, keep_trained_in_float32
@@ -213,7 +212,7 @@ def run_step(
 # %% ../nbs/training/26_step_memory.ipynb #f9cbcfc2
 def _sizes(config, ngpus, gpu): # what a step's bytes depend on besides the config
     shards = ngpus if config.distributed.fsdp.sharding_strategy == 'FULL_SHARD' else 1
-    is_half = computes_in_half(config.model, gpu)
+    is_half = half_precision(config.model, gpu)
     return SimpleNamespace(shards=shards, copies=ngpus//shards, half=is_half, gpu=gpu,
                            dtype=torch.bfloat16 if is_half else torch.float32)
 

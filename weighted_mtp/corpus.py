@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .data import (CHUNK, DATA_HINT, KINDS, Sample, encode_prompts, encode_responses, format_prompt, join,
+from .data import (CHUNK, DATA_HINT, KINDS, Sample, encode_prompts, encode_responses, join,
                                prompt_of, read_lines)
 from .files import UserError, locked
 from .jsonl import check_file
@@ -28,11 +28,13 @@ def corpus_key(
     path, # JSONL file of solutions
     tokenizer,
     blind:bool=False, # Prompts without their problem
+    template:str='alpaca', # Of the prompts
 )->str: # Two times twelve hexadecimal digits
     "Fingerprints of a file, and of a tokenizer with the template."
     with open(path, 'rb') as f: data = hashlib.file_digest(f, 'sha256').hexdigest()
-    template = format_prompt('') if blind else format_prompt('{}') + format_prompt('{}', '{}')
-    facts = [FORMAT, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token, template]
+    examples = [dict(instruction='{}', input=x) for x in ([''] if blind else ['', '{}'])]
+    prompts = ''.join(prompt_of(x, template, tokenizer, blind) for x in examples)
+    facts = [FORMAT, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token, tokenizer.eos_token, prompts]
     return f'{data[:12]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}'
 
 # %% ../nbs/data/03_corpus.ipynb #c5bcc8fb
@@ -93,7 +95,7 @@ def _byte_bar(path):
     return tqdm(total=path.stat().st_size, unit='B', unit_scale=True, desc=f'tokenising {path.name}', mininterval=1,
                 leave=False)
 
-def _tokenise(path, folder, tokenizer, blind): # write solutions and prompts; the index
+def _tokenise(path, folder, tokenizer, how): # write solutions and prompts; the index
     prompts, problems, schema = _Numbered(), _Numbered(), _schema(len(tokenizer))
     problem, tokens, correct, difficulty, prompt = array('i'), array('i'), array('b'), array('h'), array('i') # by line
     with pa.OSFile(str(folder/'solutions.arrow'), 'wb') as sink, pa.ipc.new_file(sink, schema) as out, \
@@ -102,7 +104,7 @@ def _tokenise(path, folder, tokenizer, blind): # write solutions and prompts; th
             ids, spans, critical = encode_responses(rows, tokenizer)
             is_correct = [r['is_correct'] for r in rows]
             problem.extend(problems[str(r['problem_id'])] for r in rows)
-            prompt.extend(prompts[prompt_of(r, blind)] for r in rows)
+            prompt.extend(prompts[prompt_of(r, **how)] for r in rows)
             tokens.extend(map(len, ids))
             correct.extend(is_correct)
             difficulty.extend(r['difficulty'] for r in rows)
@@ -130,10 +132,10 @@ def _index(problem, tokens, correct, difficulty, prompt_tokens, names): # from a
     by_problem = names, difficulty[first], longest # a problem's difficulty is that of its first line
     return Index(order, tokens[order], correct[order], problem[order], *by_problem)
 
-def _make(path, folder, tokenizer, blind):
+def _make(path, folder, tokenizer, how): # `how`: for `prompt_of`
     part = folder.with_name(folder.name + '.part') # renamed when complete
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    write_index(_tokenise(path, part, tokenizer, blind), part/'index.parquet')
+    write_index(_tokenise(path, part, tokenizer, how), part/'index.parquet')
     part.replace(folder)
     for old in folder.parent.iterdir(): # of data that has changed since
         if not old.name.startswith(folder.name.split('-')[0]): shutil.rmtree(old, ignore_errors=True)
@@ -168,6 +170,7 @@ def open_corpus(
     tokenizer, # A fast Hugging Face tokenizer with an EOS token
     max_length:int=2048, # Prompt and response together, in tokens
     blind:bool=False, # Leave the problems out
+    template:str='alpaca', # Of the prompts
 )->Corpus:
     "The tokenised file. One process makes it, others wait. Raises `UserError` naming file, line and field."
     path = check_file(path, DATA_HINT)
@@ -176,6 +179,7 @@ def open_corpus(
     except OSError as e:
         raise UserError(f"{home} cannot be made ({e.strerror}): tokens are kept beside their data.") from None
     with locked(home):
-        folder = home/corpus_key(path, tokenizer, blind)
-        if not folder.is_dir(): _make(path, folder, tokenizer, blind)
+        folder = home/corpus_key(path, tokenizer, blind, template)
+        how = dict(template=template, tokenizer=tokenizer, blind=blind)
+        if not folder.is_dir(): _make(path, folder, tokenizer, how)
     return Corpus(folder, max_length)

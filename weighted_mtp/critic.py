@@ -82,7 +82,8 @@ class CriticObjective:
     def checkpoint_facts(self):
         "What a checkpoint says of the model besides its weights."
         c, m = self.config.critic, self.config.model
-        return dict(complete=m.tuning == 'full', backbone=m.backbone, head=c.head, **tokenizer_facts(self.tokenizer))
+        facts = tokenizer_facts(self.tokenizer, self.config.dataset.template)
+        return dict(complete=m.tuning == 'full', backbone=m.backbone, head=c.head, **facts)
 
 # %% ../nbs/training/09_critic.ipynb #a1700911
 def outcome_loss(
@@ -239,13 +240,14 @@ def values_of_pair(
     path, # JSONL file with `twin` lines
     max_length:int=2048, # Tokens; longer solutions are not read
     which:int=0, # Index of the problem in the file; its first mutant is read
+    template:str='alpaca', # Of the prompts
 )->tuple|None: # (problem, `token_values` of the mutant, of its correct counterpart, mutated tokens); None without any
     "A wrong solution and its correct counterpart, as the critic sees them."
     rows = read_solutions(path)
     mutants = _mutants(rows)
     if not mutants: return None
     wrong = mutants[which % len(mutants)]
-    a, b = encode_solutions([wrong, rows[wrong['twin']]], tokenizer, max_length)
+    a, b = encode_solutions([wrong, rows[wrong['twin']]], tokenizer, max_length, template=template)
     if a is None or b is None: return None
     marked = range(a.mutation[0]-a.n_prompt, a.mutation[1]-a.n_prompt+1) if a.mutation else ()
     return wrong['instruction'], *(token_values(model, tokenizer, s) for s in (a, b)), marked
@@ -263,13 +265,14 @@ def load_critic(
     tokenizer=None, # What its tokens have to be (None: not checked)
     sharded=False, # Spread over all ranks. Collective, then: call it, and the critic, on all of them
     dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
+    template=None, # What its prompts have to be (None: not checked)
 ): # A frozen model with `.credit(input_ids, attention_mask, mask) -> (r, V)`, both (B, T) float32
     "The critic of a checkpoint. Raises `UserError` for one that cannot be used."
     if not path:
         raise UserError("verifiable needs a critic: set experiment.critic_checkpoint, or a training.weighting that "
                         "needs none: uniform, oracle, focal or dft.")
     model = load_critic_model(path, parts=is_distributed())
-    if tokenizer is not None: check_vocabulary(path, tokenizer)
+    if tokenizer is not None: check_vocabulary(path, tokenizer, template)
     return freeze(model, dtype, sharded)
 
 # %% ../nbs/training/09_critic.ipynb #cfea0f46
@@ -308,6 +311,7 @@ def _blind_metrics(config, split): # of a critic trained with the same budget wi
     return {'blind_auc': metrics['roc_auc'], **pairs}
 
 def _write_picture(objective, trainer, path): # of the first three mutants; collective where the model is sharded
-    model, max_length = trainer.model.eval(), objective.config.dataset.max_length
-    picture = ''.join(picture_of_pair(model, objective.tokenizer, path, max_length, i) for i in range(3))
+    model, d = trainer.model.eval(), objective.config.dataset
+    def picture_of(i): return picture_of_pair(model, objective.tokenizer, path, d.max_length, i, d.template)
+    picture = ''.join(map(picture_of, range(3)))
     return [str(write_page(picture, record_dir()/'critic_tokens.html'))] if picture and record_dir() else []

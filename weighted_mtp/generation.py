@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria, set_seed
 
 import weighted_mtp.drafting # noqa: F401 gives `MTPForCausalLM.generate` its `use_mtp`
+from .data import encode_prompts
 from .files import UserError
 from .drafting import last_block_window
 
@@ -239,8 +240,7 @@ def generate(
                    batch_size=batch_size)
     if not hasattr(model, 'generate'):
         raise UserError(f"A {type(model).__name__} writes no text: use a language model.")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = [bos + x for x in tokenizer(list(prompts), add_special_tokens=False)['input_ids']] if len(prompts) else []
+    ids = encode_prompts(prompts, tokenizer)
     room = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 1 << 30
     check_prompts(ids, model, room)
     if isinstance(seed, int): set_seed(seed)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .answer_tests import find_answer, run_answers, run_as_written
 from .benchmarks import benchmark_label, load_benchmark
-from .data import format_prompt, vocabulary_id
+from .data import prompt_of, vocabulary_id
 from .files import UserError, write_text
 from .generation import NoRoom, generate, makes_drafts, writes_in_batches
 from .sandbox import check_packages
@@ -52,11 +52,11 @@ class _StoredRows:
 def _problem_seed(seed, problem_id):
     return int(hashlib.sha256(f'{seed} {problem_id}'.encode()).hexdigest()[:8], 16)
 
-def _prompt(p): return format_prompt(p['instruction'], p.get('input') or '')
-
-def _write_answers(model, tokenizer, problems, samples, seed, sampling, batched): # [(problem, its texts, seconds each)]
-    def again(problems): return _write_answers(model, tokenizer, problems, samples, seed, sampling, batched)
-    start, prompts = time.monotonic(), [_prompt(p) for p in problems for _ in range(samples)]
+def _write_answers(model, tokenizer, template, problems, samples, seed, sampling, batched):
+    # -> [(problem, its texts, seconds each)]
+    def again(problems): return _write_answers(model, tokenizer, template, problems, samples, seed, sampling, batched)
+    start = time.monotonic()
+    prompts = [x for p in problems for x in [prompt_of(p, template, tokenizer)]*samples]
     if batched: seed = [_problem_seed(seed, f"{p['problem_id']} {i}") for p in problems for i in range(samples)]
     else: seed = _problem_seed(seed, problems[0]['problem_id']) # alone
     try: made = generate(model, tokenizer, prompts, seed=seed, **sampling)
@@ -106,12 +106,13 @@ def _check_numbers(ks, samples, max_new_tokens, temperature, top_p, limit, seed,
             ('batch_size', batch_size, batch_size >= 1, 'at least 1')):
         if not possible: raise UserError(f"{name} = {x} is not possible: it has to be {allowed}.")
 
-def _settings(name, problems, of, tokenizer, samples, seed, sampling, packages): # in this order: hashed
+def _settings(name, problems, of, tokenizer, template, samples, seed, sampling, packages): # in this order: hashed
     digest = hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()[:12]
     # `answers`: version of the search for code, so that results of two versions are not mixed
     settings = dict(benchmark=name, answers=2, problems=digest, of=of, tokenizer=vocabulary_id(tokenizer),
                     samples=samples, seed=seed, **sampling)
-    return settings | (dict(packages=sorted(packages)) if packages else {}) # no key without any: older files are found
+    if packages: settings |= dict(packages=sorted(packages)) # no key without any: older files are found
+    return settings if template == 'alpaca' else settings | dict(template=template)
 
 def _rows_file(folder, settings): # None without a folder
     if not folder: return None
@@ -142,6 +143,7 @@ def evaluate(
     progress=True, # A bar; or a function, called with the number of finished problems and of all
     name:str='', # What to call the benchmark (default: its own name)
     packages=(), # Names of packages that programs may import, such as numpy
+    template:str='alpaca', # Of the prompts: the one that the model was trained with
 )->dict: # pass@k with intervals, counts, speed; and `file`, where the rows are
     "Evaluate a model; under torchrun each process takes a share. Raises `UserError` for what cannot be used."
     if isinstance(benchmark, str): name, problems = name or benchmark, load_benchmark(benchmark, root)
@@ -153,7 +155,7 @@ def evaluate(
                     self_speculative=self_speculative)
     name, packages, state = benchmark_label(name), check_packages(packages), PartialState()
     batched = not (self_speculative and makes_drafts(model)) and writes_in_batches(model)
-    settings = _settings(name, problems, of, tokenizer, samples, seed, sampling, packages)
+    settings = _settings(name, problems, of, tokenizer, template, samples, seed, sampling, packages)
     if batched and temperature: settings |= dict(sampler=2) # a seed for each answer: other ones than before
     stored = _StoredRows(_rows_file(folder, settings), samples, state.process_index)
     state.wait_for_everyone() # all have read before the first writes
@@ -161,7 +163,8 @@ def evaluate(
     todo = [p for p in problems if p['problem_id'] not in stored.rows]
     if state.is_main_process: print(_start_text(settings, len(problems), total, len(todo)), flush=True)
     sampling |= dict(batch_size=batch_size)
-    def write(problems): return _write_answers(model, tokenizer, problems, samples, seed, sampling, batched)
+    how = samples, seed, sampling, batched
+    def write(problems): return _write_answers(model, tokenizer, template, problems, *how)
     def judge(written): return _judge_answers(written, samples, packages)
     made = _evaluate_share(todo, write, judge, -(-batch_size//samples) if batched else 1, stored, name, progress)
     by = stored.rows | {rows[0]['problem_id']: rows for rows in gather_object(made)}
@@ -189,7 +192,7 @@ def _judged(parts, write, judge): # rows of each part; they run while the model 
 def _evaluate_share(problems, write, judge, size, stored, name, progress): # of this process: rows of each problem
     out, state = [], PartialState()
     mine = problems[state.process_index::state.num_processes]
-    if size > 1: mine = sorted(mine, key=lambda p: len(_prompt(p)))
+    if size > 1: mine = sorted(mine, key=lambda p: len(prompt_of(p)))
     parts = [mine[i:i+size] for i in range(0, len(mine), size)]
     hidden = progress is not True or not state.is_main_process
     with tqdm(total=len(mine), desc=name, unit='problem', mininterval=1, disable=hidden) as bar:

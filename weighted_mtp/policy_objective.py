@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from transformers import AutoTokenizer
 
 from .config import plain
-from .data import collate_solutions, tokenizer_facts, vocabulary_id
+from .data import collate_solutions, template_of, tokenizer_facts, vocabulary_id
 from .files import UserError
 from .losses import mtp_counts
 from .models import build_policy, read_checkpoint
@@ -64,8 +64,8 @@ class PolicyObjective:
 
     def checkpoint_facts(self):
         "What a checkpoint says of the model besides its weights."
-        m = self.config.model
-        return dict(complete=m.tuning == 'full', backbone=m.backbone, **tokenizer_facts(self.tokenizer))
+        m, facts = self.config.model, tokenizer_facts(self.tokenizer, self.config.dataset.template)
+        return dict(complete=m.tuning == 'full', backbone=m.backbone, **facts)
 
 def loss_by_head(
     by_head, # (n,)
@@ -144,8 +144,9 @@ def _vocabulary_of(path): # id of a model's vocabulary; None: unknown
 def check_vocabulary(
     path, # A checkpoint, or a model's folder
     tokenizer, # The policy's
+    template=None, # Of the policy's prompts (None: not checked)
 ):
-    "Raise `UserError` where a model's tokens are not the tokenizer's."
+    "Raise `UserError` where a model's tokens are not the tokenizer's, or its prompts are written otherwise."
     found = _vocabulary_of(Path(path))
     if found is None:
         raise UserError(f"{path} does not say which tokenizer it was trained with, so nobody can tell whether it means "
@@ -153,6 +154,10 @@ def check_vocabulary(
     if found != vocabulary_id(tokenizer):
         raise UserError(f"{path} was trained with another tokenizer than this policy: its tokens mean something else. "
                         "Train both from the same model.tokenizer and data set.")
+    own = template_of(read_checkpoint(path)) if Path(path).suffix == '.pt' else template
+    if template not in (None, own):
+        raise UserError(f"{path} was trained with dataset.template={own}, this policy reads {template}: "
+                        "set the same template for both.")
 
 def freeze(
     model, # Any `nn.Module`
@@ -181,7 +186,7 @@ def batch_of_one(
 
 def problem_text(objective, sample)->str:
     "The instruction of a sample."
-    prompt = objective.tokenizer.decode(sample.ids[:sample.n_prompt])
+    prompt = objective.tokenizer.decode(sample.ids[:sample.n_prompt], skip_special_tokens=True)
     found = re.search(r'### Instruction:\n(.*?)\n\n### ', prompt, re.S)
     return found[1] if found else prompt
 

@@ -27,6 +27,7 @@ def load_reference(
     tokenizer, # The policy's
     sharded=False, # Spread over all ranks. Collective, then
     dtype=None, # Of its weights (default: bfloat16 on a GPU, else float32)
+    template=None, # What its prompts have to be (None: not checked)
 ): # A frozen policy of one head
     "The frozen reference of `rho1`. Raises `UserError` for one that cannot be used."
     if not path: raise UserError("rho1 needs a reference model: set experiment.reference_checkpoint.")
@@ -35,7 +36,7 @@ def load_reference(
                         "Train one with the pipeline ref_tuning, or name a model's folder.")
     if Path(path).suffix == '.pt': model = load_policy(path, parts=is_distributed())
     else: model = load_backbone(path, key='experiment.reference_checkpoint', parts=is_distributed())
-    check_vocabulary(path, tokenizer)
+    check_vocabulary(path, tokenizer, template)
     return freeze(build_policy(model, 1), dtype, sharded)
 
 def reference_by_head(
@@ -51,7 +52,7 @@ class Rho1Objective(PolicyObjective):
     number = 'score' # what `token_numbers` are
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
-        how = is_sharded(config, frozen=True), compute_dtype(config.model)
+        how = is_sharded(config, frozen=True), compute_dtype(config.model), config.dataset.template
         self.reference = load_reference(config.experiment.reference_checkpoint, tokenizer, *how)
 
     def select(self, policy_ce, reference_ce, mask): # (B, T, n) 1 selected, 0 not

@@ -134,7 +134,7 @@ class SolutionDataset(Drawn):
 
 def _open_usable(path, tokenizer, config, blind=False): # corpus, which solutions can be used, their lengths
     d = config.dataset
-    corpus = open_corpus(path, tokenizer, d.max_length, blind)
+    corpus = open_corpus(path, tokenizer, d.max_length, blind, d.template)
     i = corpus.index
     lengths = np.minimum(i.prompt_tokens[i.problem] + i.tokens, d.max_length)
     return corpus, usable(i, d.max_length, d.too_long), lengths

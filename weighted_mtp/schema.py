@@ -43,6 +43,9 @@ class Dataset:
     n_problems: int|None = setting(None, '[1, 1e7]')
     # Solutions over max_length: truncate (they then have no end) or drop
     too_long: str = setting('truncate', choices=('truncate', 'drop'))
+    # Of the prompts: alpaca, chat (the tokenizer's own chat template), or plain (instruction, newline, response).
+    # A checkpoint keeps it; a critic, a reference and an evaluation with another one are refused
+    template: str = setting('alpaca', choices=('alpaca', 'chat', 'plain'))
     blind: bool = False # Leave the problem out of the prompt: the baseline that a critic has to beat
 
 @dataclass

@@ -52,8 +52,6 @@ def prompt_warnings(
     facts:dict, # A critic's checkpoint
 ):
     "Yield in what a critic's prompt was another than a policy's."
-    template = facts.get('template', 'alpaca')
-    if template != 'alpaca': yield f"it was trained on prompts of the template {template}, policies see alpaca"
     blind = (parse_yaml(facts.get('config') or '')[0] or {}).get('dataset', {}).get('blind', False)
     if read_boolean(blind): yield "it was trained without the problems (dataset.blind), policies see them"
 
@@ -112,7 +110,7 @@ class VerifiableObjective(PolicyObjective):
     def __init__(self, config, tokenizer, backbone):
         super().__init__(config, tokenizer, backbone)
         self.how, path = config.training.weighting, config.experiment.critic_checkpoint
-        how = is_sharded(config, frozen=True), compute_dtype(config.model)
+        how = is_sharded(config, frozen=True), compute_dtype(config.model), config.dataset.template
         self.critic = load_critic(path, tokenizer, *how) if self.how in BY_CRITIC else None
         if self.how == 'oracle': check_critical(self.data, config.dataset.train)
         self.moments = RunningMoments(config.training.moments_momentum)

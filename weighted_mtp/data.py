@@ -112,7 +112,7 @@ class Sample:
     problem_id: str
     is_correct: bool
     difficulty: int
-    kind: str = '' # 'correct', 'mutant', 'sibling', or '' where the file does not say
+    kind: str = '' # 'correct', 'mutant', 'sibling', 'sampled', or '' where the file does not say
     mutation: tuple|None = None # First and last mutated token, counted in `ids`
     critical: tuple = () # Tokens that decide whether it is correct, counted in `ids`; empty where the file does not say
     first_wrong: int|None = None # First wrong token of a wrong solution, counted in `ids`, where somebody has looked
@@ -230,7 +230,7 @@ def stored_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(facts['json']), **special)
 
 # %% ../nbs/data/02_data.ipynb #c78c1f21
-KINDS = ('', 'correct', 'mutant', 'sibling') # position = code in a batch
+KINDS = ('', 'correct', 'mutant', 'sibling', 'sampled') # position = code in a batch
 FIRST_WRONG_FROM = ('', 'mutation', 'difference') # likewise
 
 def collate_solutions(

@@ -43,12 +43,18 @@ def _source_files(name, folder, out): # (files, where they are from) in a folder
     return files, dict(folder=str(Path(folder).resolve()))
 
 # %% ../nbs/data/19_storage.ipynb #7a3df69f
+def _add_sampled(*args):
+    from weighted_mtp.sampled_solutions import add_sampled # stands on models and evaluation
+    return add_sampled(*args)
+
 def setup_data(
     name:str, # codecontests, mbpp, humaneval or gsm8k
     root='storage/datasets', # The data set becomes a folder in it
     folder=None, # Take the files from here (default: from the hub)
     languages=('python3',), # CodeContests: python2, python3, cpp, java
     mutants:int=0, # MBPP: wrong solutions made of each correct one
+    sampled=None, # A checkpoint or a model's folder, whose own programs are added to train and validation
+    samples:int=8, # Answers of it to each problem
 )->dict: # What is in it
     "Get a data set. Raises `UserError` naming what is wrong and where."
     _check_request(name, languages, mutants)
@@ -56,6 +62,7 @@ def setup_data(
     files, origin = _source_files(name, folder, out)
     facts = convert(name, files, out, languages, origin)
     if mutants: facts = add_mutants(out, mutants)
+    if sampled: facts = _add_sampled(out, sampled, samples)
     print(f'{out}:', *statistics(facts), sep='\n  ', flush=True)
     return facts
 
@@ -145,6 +152,9 @@ def _options():
                    help=f"CodeContests: {', '.join(LANGUAGES)}; may be repeated (default: python3)")
     d.add_argument('--mutants', type=int, default=0, metavar='N',
                    help='MBPP: add up to N wrong solutions a problem, made by changing the correct one')
+    d.add_argument('--sampled', metavar='MODEL', help='add the programs that this checkpoint, or the model in this folder, '
+                   'writes for the problems of train and validation, labelled by running them; resumes')
+    d.add_argument('--samples', type=int, default=8, metavar='N', help='answers of it to each problem (default: 8)')
     m = sub.add_parser('model', help='get a model')
     m.add_argument('name', nargs='+', help=', '.join(MODELS))
     for x in (d, m):
@@ -180,7 +190,9 @@ def _run(a): # an exit code
     names = list(SOURCES) if a.what == 'data' and a.name == ['all'] else a.name
     if a.folder and len(names) > 1: raise UserError("--from goes with one name: every source has its own files.")
     for name in names:
-        if a.what == 'data': setup_data(name, root/'datasets', a.folder, a.language or ('python3',), a.mutants)
+        if a.what == 'data':
+            more = a.language or ('python3',), a.mutants, a.sampled, a.samples
+            setup_data(name, root/'datasets', a.folder, *more)
         else: setup_model(name, root/'models', a.folder)
 
 def wmtp_setup(argv=None):

@@ -26,6 +26,9 @@ def _training(config):
     if t.weighting != 'credit' and config.pipeline != 'verifiable':
         yield (f"training.weighting = {t.weighting} belongs to the pipeline verifiable, not to {config.pipeline}: "
                "leave it out.")
+    if t.heads_first and (config.pipeline in ('critic', 'evaluation') or config.model.n_future_tokens == 1):
+        yield (f"training.heads_first = {t.heads_first}: there are no heads to train in the pipeline {config.pipeline} "
+               f"with model.n_future_tokens = {config.model.n_future_tokens}: leave it out.")
     by_credit = config.pipeline == 'verifiable' and t.weighting in ('credit', 'shuffled', 'oracle')
     if by_credit and t.credit_floor >= high:
         yield (f"training.credit_floor = {t.credit_floor} is not below training.weight_clip_max = {high}: all tokens "

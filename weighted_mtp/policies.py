@@ -9,6 +9,7 @@ __all__ = ['OBJECTIVES', 'extreme_tokens', 'run_policy', 'PolicyObjective', 'Ver
 import json, os, time
 
 from .files import UserError, write_text
+from .heads_first import with_heads
 from .policy_objective import PolicyObjective, token_texts
 from .pictures import write_page
 from .rho1 import Rho1Objective
@@ -64,6 +65,7 @@ def run_policy(
     if config.pipeline in ('ntp', 'ref_tuning') and n != 1:
         predicts_one = f"the pipeline {config.pipeline} predicts one token, so it must be 1."
         raise UserError(f"model.n_future_tokens = {n}: {predicts_one}")
+    config = with_heads(config)
     objective = OBJECTIVES[config.pipeline](config, *load_parts(config))
     with tracked_run(config) as (result, run):
         _say_warnings(objective, result, run)

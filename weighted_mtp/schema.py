@@ -139,6 +139,9 @@ class Training:
     # torch threads on a CPU (null: torch's choice); with a fixed number, runs repeat bit for bit
     cpu_threads: int|None = setting(None, '[1, 1024]')
     log_every: int = setting(10, '[1, 1e9]') # Optimizer steps
+    # Policies on a backbone without heads: optimizer steps in which the extra heads first learn from the backbone's own
+    # answers, with the backbone frozen; the result is kept under storage/checkpoints/heads for other runs. 0: none
+    heads_first: int = setting(0, '[0, 1e9]')
     # Stop after so many steps in a row whose loss is not finite; single ones are skipped
     max_bad_steps: int = setting(3, '[1, 1e9]')
     gamma: float = setting(1.0, '[0, 1]') # Discount

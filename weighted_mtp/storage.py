@@ -126,7 +126,8 @@ def _options():
     d.add_argument('--language', action='append', metavar='NAME',
                    help=f"CodeContests: {', '.join(LANGUAGES)}; may be repeated (default: python3)")
     d.add_argument('--mutants', type=int, default=0, metavar='N',
-                   help='MBPP: add up to N wrong solutions a problem, made by changing the correct one')
+                   help='MBPP: add up to N wrong solutions a problem: the correct one with one slip of the kinds '
+                   'that people make, found wrong by the tests')
     m = sub.add_parser('model', help='get a model')
     m.add_argument('name', nargs='+', help=', '.join(MODELS))
     for x in (d, m):

@@ -97,7 +97,7 @@ def format_prompt(
     template:str='alpaca', # alpaca (Taori et al. 2023), chat (the tokenizer's own), or plain
     tokenizer=None, # For chat
 )->str: # Everything before the response
-    "The prompt: in training, evaluation, the critic and pictures alike. Raises `UserError` for a template there is not."
+    "The prompt, in training, evaluation, the critic and pictures alike. Raises `UserError` for an unknown template."
     text = f'{instruction}\n{input}' if input else instruction
     if template == 'alpaca': return _alpaca(instruction, input)
     if template == 'chat': return _chat(text, tokenizer)

@@ -42,7 +42,8 @@ def _answer(model, tokenizer, jobs, max_length, done): # [(prompt, number)] -> r
         part = jobs[i:i+size]
         for greedy in (True, False):
             some = [j for j in part if (j[1] == 0) == greedy]
-            how = dict(temperature=0.) if greedy else dict(temperature=TEMPERATURE, top_p=.95, seed=[j[1] for j in some])
+            sampled = dict(temperature=TEMPERATURE, top_p=.95, seed=[number for _, number in some])
+            how = dict(temperature=0.) if greedy else sampled
             prompts = [p for p, _ in some]
             made = generate(model, tokenizer, prompts, max_length//2, self_speculative=False, **how) if some else []
             for ids, g in zip(encode_prompts(prompts, tokenizer), made):
@@ -148,9 +149,9 @@ def heads_folder(
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     return Path('storage/checkpoints/heads')/f'{Path(m.backbone).name}-{digest}'
 
-def _decoded(model, tokenizer, prompts, max_new_tokens): # how greedy decoding with drafts compares with decoding without
+def _decoded(model, tokenizer, prompts, max_new_tokens): # greedy decoding with drafts beside decoding without
     drafted, plain = (generate(model, tokenizer, prompts, max_new_tokens, self_speculative=x) for x in (True, False))
-    tokens, passes = (sum(f(g) for g in drafted) for f in (lambda g: len(g.ids) + (g.reason == 'eos'), lambda g: g.passes))
+    tokens, passes = (sum(x) for x in zip(*((len(g.ids) + (g.reason == 'eos'), g.passes) for g in drafted)))
     same = sum(a.ids == b.ids for a, b in zip(drafted, plain))
     return dict(prompts=len(prompts), same=same, tokens_per_pass=tokens/passes)
 
@@ -186,8 +187,8 @@ def with_heads(
     "Train heads for the backbone unless it has them or a run before has trained them. Collective: call on all ranks."
     if not config.training.heads_first: return config
     if config.model.backbone == 'micro':
-        raise UserError("training.heads_first: model.backbone = micro has weights from a seed and writes no answers that "
-                        "heads could learn from. Use a pretrained model.")
+        raise UserError("training.heads_first: model.backbone = micro has weights from a seed and writes no answers "
+                        "that heads could learn from. Use a pretrained model.")
     file = Path(model_folder(config.model.backbone))/'config.json'
     if file.is_file() and 'n_future_tokens' in read_json(file):
         if is_main(): print(f"training.heads_first: {config.model.backbone} has heads of its own", flush=True)

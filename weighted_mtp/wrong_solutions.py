@@ -7,50 +7,78 @@ __all__ = ['mutants_of', 'read_lines', 'replace_lines', 'add_mutants']
 
 # %% ../nbs/data/16_wrong_solutions.ipynb #18c2e414
 import ast, json, random
+from collections import Counter
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from .files import read_json
+from .slips import slips_of
 from .stored_files import file_record
 
 # %% ../nbs/data/16_wrong_solutions.ipynb #df1d5be0
-def mutants_of(
-    code:str, # A correct program
-    n:int, # Give up to twice as many: a few still pass
-    rng, # A `random.Random`
-)->tuple: # The program without comments, None where it is no Python; its mutants, all different
-    "Programs that differ from a correct one in one place; not run yet."
+def _by_mutation(plain, n, rng): # as the programs of the embedded data set are changed
     from weighted_mtp.mutation import mutate
-    try: plain = ast.unparse(ast.parse(code))
-    except SyntaxError: return None, []
     out = {}
     for _ in range(5*n):
         try: out[mutate(plain, rng)] = None
         except (IndexError, ValueError, AttributeError): pass # nothing in it can be changed, or not into a program
     out.pop(plain, None)
-    return plain, list(out)[:2*n]
+    return [(text, None) for text in out][:2*n]
+
+def _by_slips(plain, n, rng): return list(slips_of(plain, 3*n, rng))
+
+def mutants_of(
+    code:str, # A correct program
+    n:int, # Give up to three times as many: some still pass
+    rng, # A `random.Random`
+    kinds:str='slips', # Slips that people make; `mutation`: other operators, constants, names and bounds only
+)->tuple: # The program without comments, None where it is no Python; (mutant, name of its slip) pairs, all different
+    "Programs that differ from a correct one in one place; not run yet."
+    make = dict(slips=_by_slips, mutation=_by_mutation)[kinds]
+    try: plain = ast.unparse(ast.parse(code))
+    except SyntaxError: return None, []
+    return plain, make(plain, n, rng)
 
 # %% ../nbs/data/16_wrong_solutions.ipynb #f5bbffb3
-def _is_wrong(result): return result.status in ('failed', 'error') and 'NameError' not in result.message
+def _is_wrong(result):
+    return result.status in ('failed', 'error') and result.error not in ('NameError', 'UnboundLocalError')
 
+def _spread(wrong, each, kept): # up to `each` of (program, slip) pairs; `kept`: how often each slip was kept before
+    chosen, of_slip, left = [], Counter(), list(wrong)
+    while left and len(chosen) < each:
+        best = min(left, key=lambda pair: (of_slip[pair[1]], kept[pair[1]]))
+        left.remove(best)
+        chosen.append(best)
+        of_slip[best[1]] += 1
+    kept += of_slip
+    return chosen
+
+def _rows_of(row, plain, wrong, line): # a correct program and its wrong ones; `twin` is the position of the correct one
+    from weighted_mtp.mutation import changed_span
+    yield dict(row, output=plain, kind='correct', mutation=None, twin=None, slip=None)
+    row = dict(row, is_correct=False, kind='mutant', twin=line)
+    yield from (dict(row, output=m, mutation=changed_span(plain, m), slip=slip) for m, slip in wrong)
+
+# %% ../nbs/data/16_wrong_solutions.ipynb #5d0c6a12
 def _label(
     rows, # Correct solutions
     candidates, # Of each, as `mutants_of` gives them
     tests, # By problem
     each, # Wrong solutions of each, at most
-): # rows of both kinds; `twin` is the position of the correct one
+    kept, # Counter: how often each slip was kept, counted on
+): # rows of both kinds
     from weighted_mtp.sandbox import run_tests_batch
-    from weighted_mtp.mutation import changed_span
     readable = [(r, plain, mutants) for r, (plain, mutants) in zip(rows, candidates) if plain]
-    jobs = [(code, tests[r['problem_id']]) for r, plain, mutants in readable for code in (plain, *mutants)]
-    results, out = iter(run_tests_batch(jobs, timeout=3, progress=True)), []
+    jobs = [(m, tests[r['problem_id']]) for r, plain, mutants in readable for m, _ in ((plain, None), *mutants)]
+    results, out, seen = iter(run_tests_batch(jobs, timeout=3, progress=True)), [], set()
     for r, plain, mutants in readable:
-        passed, found = next(results).passed, [(m, next(results)) for m in mutants]
+        passed, found = next(results).passed, [(pair, next(results)) for pair in mutants]
         if not passed: continue
-        line = len(out)
-        out.append(dict(r, output=plain, kind='correct', mutation=None, twin=None))
-        wrong = [m for m, result in found if _is_wrong(result)][:each]
-        out += [dict(r, output=m, is_correct=False, kind='mutant', mutation=changed_span(plain, m), twin=line)
-                for m in wrong]
+        wrong = [pair for pair, result in found if _is_wrong(result) and (r['problem_id'], pair[0]) not in seen]
+        wrong = _spread(wrong, each, kept)
+        seen |= {(r['problem_id'], m) for m, _ in wrong}
+        out += _rows_of(r, plain, wrong, len(out))
     return out
 
 # %% ../nbs/data/16_wrong_solutions.ipynb #530fbe85
@@ -67,22 +95,26 @@ def replace_lines(file:Path, rows):
 
 def add_mutants(
     folder, # A data set as `convert` makes it, with tests of the kind `asserts`
-    each:int=3, # Wrong solutions a problem, at most
+    each:int=3, # Wrong solutions made of each correct one, at most
     seed:int=0,
+    kinds:str='slips', # As `mutants_of` has it
 )->dict: # What is in it now
     "Add wrong solutions, labelled by running them; rewrites the files of solutions."
     folder = Path(folder)
-    facts = read_json(folder/'dataset.json')
+    facts, kept = read_json(folder/'dataset.json'), Counter()
     for split, counts in facts['splits'].items():
         file = folder/f'{split}.jsonl'
         tests = {p['problem_id']: p['tests'] for p in read_lines(folder/f'{split}.problems.jsonl')}
         rows = [r for r in read_lines(file) if r['is_correct']]
-        candidates = [mutants_of(r['output'], each, random.Random(f"{seed} {r['problem_id']}")) for r in rows]
-        out = _label(rows, candidates, tests, each)
+        def draw(r): return mutants_of(r['output'], each, random.Random(f"{seed} {r['problem_id']}"), kinds)
+        candidates = [draw(r) for r in tqdm(rows, f'slips {split}', unit='program', leave=False)]
+        of_split = Counter()
+        out = _label(rows, candidates, tests, each, of_split)
+        kept += of_split
         replace_lines(file, out)
         correct = sum(r['is_correct'] for r in out)
         counts.update(correct=correct, incorrect=len(out) - correct)
         counts['files'][file.name] = file_record(file)
-    facts['mutants'] = dict(each=each, seed=seed)
+    facts['mutants'] = dict(each=each, seed=seed, kinds=kinds, kept={k or kinds: n for k, n in sorted(kept.items())})
     (folder/'dataset.json').write_text(json.dumps(facts, indent=1))
     return facts

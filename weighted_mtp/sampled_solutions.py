@@ -69,7 +69,7 @@ def add_sampled(
     model, # A checkpoint, or a model's folder
     samples:int=8, # Answers a problem
     splits=('train', 'validation'), # Never the test's: it would be seen
-    temperature:float=.8, max_new_tokens:int=256, batch_size:int=64, # Of the answers
+    temperature:float=.8, max_new_tokens:int=192, batch_size:int=96, # Of the answers
     kept=None, # Where answers are kept (default: `downloads/sampled` of the same storage)
 )->dict: # What is in it now
     "Add a model's own programs, labelled by running them. Raises `UserError` where the model cannot be used."

@@ -1088,6 +1088,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'weighted_mtp/generation.py'),
                                          'weighted_mtp.generation.OpenRows.take': ( 'models/generation.html#openrows.take',
                                                                                     'weighted_mtp/generation.py'),
+                                         'weighted_mtp.generation._draw_among': ( 'models/generation.html#_draw_among',
+                                                                                  'weighted_mtp/generation.py'),
                                          'weighted_mtp.generation._is_text_list': ( 'models/generation.html#_is_text_list',
                                                                                     'weighted_mtp/generation.py'),
                                          'weighted_mtp.generation._seeds': ('models/generation.html#_seeds', 'weighted_mtp/generation.py'),

@@ -90,6 +90,17 @@ def check_prompts(
             raise NoRoom(f"{where} has {len(x)} tokens; the model has room for {room}, the answer included.")
 
 # %% ../nbs/models/11_generation.ipynb #646b0a35
+_WIDTHS = 64, 1024 # most probable tokens to look among: a nucleus is seldom larger, and a complete sort is slow
+
+def _draw_among(p, u, top_p, width): # (tokens, whether they reach top_p) from each row's most probable ones
+    if width < p.shape[-1]: top, token = p.topk(width)
+    else: top, token = p.sort(-1, descending=True)
+    inside = top.cumsum(-1) - top < top_p # all before it are not enough
+    summed = (top*inside).cumsum(-1)
+    at = torch.searchsorted(summed, (u*summed[:, -1])[:, None], right=True)
+    enough = (top.sum(-1) >= top_p) | (width >= p.shape[-1])
+    return token.gather(1, at.minimum(inside.sum(-1, keepdim=True) - 1))[:, 0], enough
+
 def draw(
     logits, # (B, V) float32
     u, # (B,) uniform numbers in [0, 1)
@@ -98,12 +109,12 @@ def draw(
 ): # (B,) tokens
     "Nucleus sampling (Holtzman et al. 2020) by given random numbers."
     p = (logits/temperature).softmax(-1)
-    top, token = p.topk(min(64, p.shape[-1])) # a nucleus is seldom larger, and a complete sort is slow
-    if (top.sum(-1) < top_p).any(): top, token = p.sort(-1, descending=True)
-    inside = top.cumsum(-1) - top < top_p # all before it are not enough
-    summed = (top*inside).cumsum(-1)
-    at = torch.searchsorted(summed, (u*summed[:, -1])[:, None], right=True)
-    return token.gather(1, at.minimum(inside.sum(-1, keepdim=True) - 1))[:, 0]
+    tokens, rows = torch.empty(len(p), dtype=torch.long, device=p.device), torch.arange(len(p), device=p.device)
+    for width in (*_WIDTHS, p.shape[-1]):
+        tokens[rows], enough = _draw_among(p[rows], u[rows], top_p, width)
+        rows = rows[~enough]
+        if not len(rows): break
+    return tokens
 
 def row_numbers(
     seeds, # One whole number a row
@@ -182,14 +193,19 @@ def complete_rows(
     "Complete prompts together; a finished row leaves the batch. For models that `writes_in_batches` accepts."
     rows, new, device = OpenRows(model, ids, pad), [[] for _ in ids], next(model.parameters()).device
     numbers = row_numbers(seeds, max_new_tokens) if temperature else None
+    is_open = torch.ones(len(ids), dtype=torch.bool, device=device) # of the rows that are still read
     for t in range(max_new_tokens):
         if temperature: token = draw(rows.logits, numbers[rows.which, t].to(device), temperature, top_p)
         else: token = rows.logits.argmax(-1)
-        for i, x in zip(rows.which.tolist(), token.tolist()): new[i].append(x)
-        keep = ~_stops(new, rows.which, tokenizer, stop).to(device)
+        for i, x, still in zip(rows.which.tolist(), token.tolist(), is_open.tolist()):
+            if still: new[i].append(x)
+        keep = is_open & ~_stops(new, rows.which, tokenizer, stop).to(device)
         if tokenizer.eos_token_id is not None: keep &= token != tokenizer.eos_token_id
         if t + 1 == max_new_tokens or not keep.any(): break
-        rows.append(token, keep)
+        # To leave the batch copies its cache: rows wait until one in eight is finished
+        stay = keep if 8*(~keep).sum() >= len(keep) else torch.ones_like(keep)
+        rows.append(token, stay)
+        is_open = keep[stay]
     return [to_generation(x, tokenizer, stop, len(x)) for x in new]
 
 # %% ../nbs/models/11_generation.ipynb #16d01105

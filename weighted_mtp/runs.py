@@ -7,7 +7,7 @@ __all__ = ['begin_run', 'note_run', 'is_main', 'record_dir', 'Stopped', 'Progres
            'load_parts', 'prepare', 'print_metrics', 'pipeline_main']
 
 # %% ../nbs/training/07_runs.ipynb #07000003
-import argparse, faulthandler, json, os, signal, subprocess, sys, threading, time, uuid
+import argparse, faulthandler, json, os, resource, signal, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -116,7 +116,8 @@ def _report(tracker): # of a finished run, to its record and MLflow; in a proces
         tracker.artifact(f, f'report/{f.parent.name}')
 
 def _write_result(result, tracker, history): # into the record, with the address of the MLflow run
-    result.update(mlflow_run_id=tracker.run_id, mlflow_uri=tracker.uri)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # KiB, of the process that writes
+    result.update(mlflow_run_id=tracker.run_id, mlflow_uri=tracker.uri, peak_memory_gb=round(peak*1024/1e9, 2))
     if not record_dir(): return
     write_text(record_dir()/'result.json', json.dumps(result, indent=1))
     if history.is_file(): write_text(record_dir()/'history.jsonl', history.read_text(encoding='utf-8'))

@@ -23,9 +23,10 @@ from .generation import generate
 from .jsonl import check_file
 from .models import MTPForCausalLM, load_backbone
 from .policy_objective import PolicyObjective
+from .precision import compute_dtype
 from .runs import fit, is_main, load_parts
 from .sampling import SolutionDataset
-from .sharding import full_state_dict
+from .sharding import full_state_dict, is_distributed
 from .stored_files import file_sha256, new_folder
 
 # %% ../nbs/training/27_heads_first.ipynb #c9c080c7
@@ -168,9 +169,11 @@ def _make_heads(config, folder, tokenizer, backbone):
     start, d, t = time.monotonic(), config.dataset, config.training
     n = max(1, t.heads_first//PASSES)*t.batch_size*t.gradient_accumulation_steps
     prompts, held_out = (_prompts(f, config, tokenizer) for f in (d.train, d.validation))
-    device = PartialState().device
-    own = partial(own_answers, backbone.to(device).eval(), tokenizer, max_length=d.max_length, seed=t.seed)
+    # Over several ranks the backbone has no weights yet, and answers need all of them on each
+    writer = load_backbone(config.model.backbone, compute_dtype(config.model)) if is_distributed() else backbone
+    own = partial(own_answers, writer.to(PartialState().device).eval(), tokenizer, max_length=d.max_length, seed=t.seed)
     answers, judged = own(prompts, n*PartialState().num_processes), own(held_out, min(HELD_OUT, len(held_out)))
+    del writer, own
     facts = dict(backbone=config.model.backbone, n_future_tokens=config.model.n_future_tokens, steps=t.heads_first,
                  template=d.template, answers=len(answers), tokens=sum(s.n_response for s in answers),
                  seconds=dict(answers=time.monotonic() - start))

@@ -126,6 +126,7 @@ def _as_text(x): # APPS has lines as a list, too
     return '\n'.join(map(str, x)) if isinstance(x, list) else x
 
 def _apps_tests(row):
+    if 'input_output' not in row: field_of(row, 'input_output')
     found = json_field(row, 'input_output', dict, {})
     given, expected = (field_of(found, k, kind=list, default=[]) for k in ('inputs', 'outputs'))
     if len(given) != len(expected):
@@ -172,15 +173,16 @@ def _unpacked(text): # JSON as text, of private tests
 
 # %% ../nbs/data/22_own_data.ipynb #cb6af98e
 def _cases(row, name): # (input, output, type) of each test
-    cases = [(c, isinstance(c, dict)) for c in json_field(row, name, list, [])]
-    if not all(ok for _, ok in cases): raise BadRow(f"field '{name}' holds something else than objects")
-    return [tuple(field_of(c, k) for k in ('input', 'output', 'testtype')) for c, _ in cases]
+    if name not in row: field_of(row, name)
+    cases = json_field(row, name, list, [])
+    if not all(isinstance(c, dict) for c in cases): raise BadRow(f"field '{name}' does not hold objects alone")
+    return [tuple(field_of(c, k) for k in ('input', 'output', 'testtype')) for c in cases]
 
 def _all_cases(row, notes): # public ones; private ones as far as they can be read
     public, packed = _cases(row, 'public_test_cases'), field_of(row, 'private_test_cases', default='')
     try: private = _cases(dict(private_test_cases=_unpacked(packed)), 'private_test_cases')
     except BadRow as e:
-        notes[f'problems whose private tests are left out: {e!s:.80}'] += 1
+        notes[f'problems whose private tests are left out ({e!s:.80})'] += 1
         private = []
     return len(public), public + private
 
@@ -223,8 +225,8 @@ def _jsonl(row, split, notes):
     name = row.get('problem_id')
     if type(name) not in (str, int): field_of(row, 'problem_id')
     if row.get('mutation') or row.get('twin') is not None:
-        notes['solutions whose mutation and twin are not kept: give that file to dataset.train itself'] += 1
-    if row.get('difficulty') is None: notes['rows without difficulty: taken for 1'] += 1
+        notes['solutions whose mutation and twin are not kept (give that file to dataset.train itself)'] += 1
+    if row.get('difficulty') is None: notes['rows without difficulty, taken for 1'] += 1
     found = [] if row.get('output', row.get('solution')) is None else [_one_solution(row)]
     found += [_one_solution(x) for x in field_of(row, 'solutions', kind=list, default=[])]
     texts = {k: field_of(row, k, default='') for k in ('input', 'source')}

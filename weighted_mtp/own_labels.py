@@ -72,7 +72,7 @@ def label_of(
         return given, f'{what}, no result (out of time, memory or packages)'
     if given is None: return passed, 'labelled correct' if passed else 'labelled wrong'
     if given == passed: return given, 'as the file says'
-    return None, f"left out: given as {'correct' if given else 'wrong'}, the tests {'pass' if passed else 'fail'}"
+    return None, f"left out (given as {'correct' if given else 'wrong'}, the tests {'pass' if passed else 'fail'})"
 
 # %% ../nbs/data/23_own_labels.ipynb #4af3fc38
 _AT_ONCE = 32 # programs, or eight a core; what a killed process has to run again
@@ -150,7 +150,7 @@ def label_problems(
         for split, p in problems:
             batch.append((split, p, keys := labeller._keys(p)))
             waiting += sum(key not in labeller.kept.results for key in keys.values())
-            if waiting < labeller.at_once and len(batch) < 1000: continue
+            if 0 < waiting < labeller.at_once and len(batch) < 200: continue # tests may be megabytes
             yield from _finish(labeller, batch, bar)
             batch, waiting = [], 0
         yield from _finish(labeller, batch, bar)
@@ -160,6 +160,6 @@ def label_report(
     labeller:Labeller, # After `label_problems`
 ):
     "Yield lines that say what running the tests gave."
-    for what, n in (+labeller.count).items(): yield f'tests run: {n} {what}'
+    for what, n in (+labeller.count).items(): yield f'tests run, {what}: {n}'
     if labeller.known: yield f'{labeller.known} results were there already, in {labeller.kept.path}'
     for problem, message in labeller.failed: yield f'a solution of {problem}: {message:.150}'

@@ -56,7 +56,8 @@ def _json_array(file):
 
 def _numbered_rows(file, fields): # (what a row is called in messages, number, row)
     if file.suffix == '.parquet': yield from (('row', i, r) for i, r in enumerate(_parquet_rows(file, fields), 1))
-    elif file.name.endswith(('.json', '.json.gz')): yield from (('row', i, r) for i, r in enumerate(_json_array(file), 1))
+    elif file.name.endswith(('.json', '.json.gz')):
+        yield from (('row', i, r) for i, r in enumerate(_json_array(file), 1))
     else: yield from (('line', i, r) for i, r in read_jsonl(file, surrogates=True))
 
 # %% ../nbs/data/12_rows.ipynb #1a0e4d3c
@@ -77,7 +78,7 @@ def read_located_rows(
                         "A half-finished download? Delete it and fetch it again.") from None
 
 def read_rows(
-    file, # .parquet, .jsonl, or .json with an array; the last two also with .gz
+    file, # .parquet, .jsonl(.gz), or .json(.gz) with an array
     fields:dict, # Required fields; a dict in place of None for what is within one
 ):
     "Yield rows as dicts. Raises `UserError` naming file, row or line, and field."

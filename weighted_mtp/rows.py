@@ -6,7 +6,7 @@
 __all__ = ['columns_of', 'read_located_rows', 'read_rows', 'count_rows']
 
 # %% ../nbs/data/12_rows.ipynb #0819f97f
-import json
+import gzip, json, zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,23 +44,26 @@ def _schema_tree(t): # an Arrow type as nested dicts
 def _parquet_rows(file, fields):
     p = pq.ParquetFile(file)
     _check_fields(file, {f.name: _schema_tree(f.type) for f in p.schema_arrow}, fields)
-    for batch in p.iter_batches(batch_size=16, columns=list(fields)): yield from batch.to_pylist()
+    for batch in p.iter_batches(batch_size=16, columns=list(fields) or None): yield from batch.to_pylist()
 
 def _json_array(file):
-    try: rows = json.loads(check_file(file).read_text(encoding='utf-8-sig'))
+    opened = gzip.open if file.suffix == '.gz' else open
+    try:
+        with opened(check_file(file), 'rt', encoding='utf-8-sig') as f: rows = json.load(f)
     except ValueError as e: raise UserError(f"{file}: not valid JSON ({e}).") from None
     if isinstance(rows, list): return rows
     raise UserError(f"{file}: not an array. With one object a line, call the file .jsonl.")
 
 def _numbered_rows(file, fields): # (what a row is called in messages, number, row)
     if file.suffix == '.parquet': yield from (('row', i, r) for i, r in enumerate(_parquet_rows(file, fields), 1))
-    elif file.suffix == '.json': yield from (('row', i, r) for i, r in enumerate(_json_array(file), 1))
+    elif file.name.endswith(('.json', '.json.gz')):
+        yield from (('row', i, r) for i, r in enumerate(_json_array(file), 1))
     else: yield from (('line', i, r) for i, r in read_jsonl(file, surrogates=True))
 
 # %% ../nbs/data/12_rows.ipynb #1a0e4d3c
 def read_located_rows(
     file, # As `read_rows` has it
-    fields:dict,
+    fields:dict, # As `read_rows` has it; empty: all columns, and nothing is checked
 ):
     "Yield (file and row or line, for messages; the row)."
     file = Path(file)
@@ -70,12 +73,12 @@ def read_located_rows(
             if not isinstance(row, dict): raise UserError(f"{where}: not a JSON object.")
             if file.suffix != '.parquet': _check_fields(where, row, fields)
             yield where, row
-    except (pa.ArrowInvalid, OSError) as e:
+    except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as e:
         raise UserError(f"{file} cannot be read ({str(e).splitlines()[0]}). "
                         "A half-finished download? Delete it and fetch it again.") from None
 
 def read_rows(
-    file, # .parquet, .jsonl, .jsonl.gz, or .json with an array
+    file, # .parquet, .jsonl(.gz), or .json(.gz) with an array
     fields:dict, # Required fields; a dict in place of None for what is within one
 ):
     "Yield rows as dicts. Raises `UserError` naming file, row or line, and field."

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .conversion import convert, statistics
 from .files import UserError, nearest, project_root
 from .hub import NotFetched, hub_files
+from .own_setup import is_own, own_options, run_own
 from .sources import LANGUAGES, SOURCES, local_files
 from .stored_files import check_source, file_record, lies_in, new_folder
 from .upload import upload
@@ -161,6 +162,7 @@ def _options():
     m.add_argument('name', nargs='+', help=', '.join(MODELS))
     for x in (d, m):
         x.add_argument('--from', dest='folder', metavar='FOLDER', help='take the files from here instead of the hub')
+    own_options(d)
     b = sub.add_parser('base', help='train `micro-base` anew', description='Train the small pretrained model that '
                        'comes with the package anew, by its own recipe: a quarter of an hour on one core.')
     b.add_argument('--steps', type=int, metavar='N', help='optimizer steps (default: as shipped); fewer: a weaker base')
@@ -189,6 +191,7 @@ def _run(a): # an exit code
         given = dict(steps=a.steps, n_problems=a.problems)
         print(make_base(root/'models'/a.name, seed=a.seed, **{k: v for k, v in given.items() if v is not None}))
         return 0
+    if a.what == 'data' and is_own(a): return run_own(a, root)
     names = list(SOURCES) if a.what == 'data' and a.name == ['all'] else a.name
     if a.folder and len(names) > 1: raise UserError("--from goes with one name: every source has its own files.")
     for name in names:

@@ -137,7 +137,8 @@ def encode_prompts(
 )->list[list[int]]: # With BOS, where the tokenizer has one
     "Tokenise what stands before the response."
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = tokenizer(list(prompts), add_special_tokens=False)['input_ids'] if len(prompts) else []
+    prompts = list(prompts)
+    ids = tokenizer(prompts, add_special_tokens=False)['input_ids'] if prompts else []
     return [x if bos and x[:1] == bos else bos + x for x in ids] # a chat template writes its own
 
 def encode_responses(

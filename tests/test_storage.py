@@ -311,3 +311,30 @@ def test_a_model_from_the_hub(here, hub):
     facts = json.loads((here/'storage/models/smollm2-135m/setup.json').read_text())
     assert facts['revision'] == 'a'*40 and 'weights' not in facts
     assert set(facts['files']) == {'config.json', 'model.safetensors', 'merges.txt', 'README.md'}
+
+MAKES_A_MODEL = """
+from transformers import AutoTokenizer
+from weighted_mtp.synthetic import make_micro_model, train_tokenizer
+train_tokenizer(['def f(x): return x + 1']*3, 'model', 300)
+make_micro_model('model', AutoTokenizer.from_pretrained('model'), hidden_size=32, n_layers=1, n_heads=2)
+"""
+
+def test_programs_of_a_model(here):
+    "Its answers are kept, the same command asks for no more, and the split of the test is left alone."
+    row = dict(text='Add one.', code='def f(x):\r\n    # more\r\n    return x+1', test_list=['assert f(1) == 2'],
+               test_setup_code='', challenge_test_list=[])
+    write_lines(here/'mbpp.jsonl', [dict(row, task_id=i) for i in (5, 100, 550, 700, 701)])
+    assert run_python(here, '-c', MAKES_A_MODEL).returncode == 0
+    words = ['data', 'mbpp', '--from', 'mbpp.jsonl', '--mutants', '1', '--sampled', 'model', '--samples', '2']
+    setup(here, *words)
+    kept = {f.name: f.read_text() for f in (here/'storage/downloads/sampled').glob('*.jsonl')}
+    assert {name.rpartition('-')[0] for name in kept} == {'mbpp-train', 'mbpp-validation'}
+    assert sorted(len(text.splitlines()) for text in kept.values()) == [2, 4]
+    facts = facts_of(here, 'mbpp')
+    assert facts['sampled']['samples'] == 2 and facts['mutants']['each'] == 1
+    programs = [r['output'] for r in read_lines(here/'storage/datasets/mbpp/train.jsonl') if r['is_correct']]
+    assert set(programs) == {'def f(x):\n    return x + 1'} # as `ast.unparse` writes it
+    assert '2 problems are done already' in setup(here, *words).stdout
+    assert setup(here, 'verify').stdout.count('ok ') == 4
+    err = setup(here, 'data', 'mbpp', '--from', 'mbpp.jsonl', '--sampled', 'nowhere', code=2).stderr
+    assert 'nowhere not found' in err and 'Traceback' not in err

@@ -323,8 +323,8 @@ def is_own(
 def run_own(
     a, # The parsed options
     root, # `storage`
-):
+)->dict|None: # As `setup_own` gives it
     "Carry out `wmtp-setup data NAME --from FOLDER --format FORMAT`."
     from weighted_mtp.sandbox import check_packages
-    setup_own(a.name[0], a.format, a.folder, Path(root)/'datasets', a.yes, a.tokenizer, a.longest, a.mutants,
-              check=a.relabel, timeout=a.timeout, packages=check_packages(a.package))
+    return setup_own(a.name[0], a.format, a.folder, Path(root)/'datasets', a.yes, a.tokenizer, a.longest, a.mutants,
+                     check=a.relabel, timeout=a.timeout, packages=check_packages(a.package))

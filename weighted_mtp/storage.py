@@ -191,7 +191,9 @@ def _run(a): # an exit code
         given = dict(steps=a.steps, n_problems=a.problems)
         print(make_base(root/'models'/a.name, seed=a.seed, **{k: v for k, v in given.items() if v is not None}))
         return 0
-    if a.what == 'data' and is_own(a): return run_own(a, root)
+    if a.what == 'data' and is_own(a):
+        if run_own(a, root) and a.sampled: _add_sampled(root/'datasets'/a.name[0], a.sampled, a.samples)
+        return 0
     names = list(SOURCES) if a.what == 'data' and a.name == ['all'] else a.name
     if a.folder and len(names) > 1: raise UserError("--from goes with one name: every source has its own files.")
     for name in names:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRITICS', 'trained_state', 'save_checkpoint', 'read_checkpoint', 'fill_weights', 'load_value_model',
-           'load_ratio_model', 'load_critic_model', 'load_policy', 'merged_state', 'export_backbone']
+           'load_ratio_model', 'load_critic_model', 'load_policy', 'merged_state', 'plain_model', 'export_backbone']
 
 # %% ../nbs/models/08_checkpoint_files.ipynb #16d00802
 import copy
@@ -164,29 +164,40 @@ def load_policy(
 def merged_state(
     backbone, # With or without adapters
     adapter:str='default', # Whose update is added
+    dtype=None, # Of the result (default: as it is); the update is added before
 )->dict: # Names and tensors as without them
     "A backbone's state dict with its adapters added into the weights."
-    state = backbone.state_dict()
-    for name, m in backbone.named_modules():
-        if not isinstance(m, LoraLayer): continue
-        weight = m.base_layer.weight
-        state[f'{name}.base_layer.weight'] = weight + m.get_delta_weight(adapter).to(weight.dtype)
-    return {k.replace('.base_layer.', '.'): v.contiguous() for k, v in state.items() if '.lora_' not in k}
+    adapted = {n: m for n, m in backbone.named_modules() if isinstance(m, LoraLayer)}
+    def merged(name, x):
+        layer, _, leaf = name.rpartition('.base_layer.')
+        if layer in adapted and leaf == 'weight': x = x + adapted[layer].get_delta_weight(adapter).to(x.dtype)
+        return (x.to(dtype) if dtype and x.is_floating_point() else x).contiguous()
+    kept = {k: v for k, v in backbone.state_dict().items() if '.lora_' not in k}
+    return {k.replace('.base_layer.', '.'): merged(k, v) for k, v in kept.items()}
 
-@torch.no_grad()
+def plain_model(
+    model, # An `MTPForCausalLM` or a ratio critic
+    side:str='correct', # Of a ratio critic: p+ or p- (`ratio_model.SIDES`)
+    dtype=None, # Default: the model's
+): # Of the backbone's class; it can be saved, but its buffers are empty
+    "Trunk and head 1, or one side of a ratio critic, with adapters added into the weights."
+    is_ratio = isinstance(model, RatioModel)
+    backbone = model.wrong if is_ratio and side == 'wrong' and model.wrong is not None else model.backbone
+    config, ends = copy.deepcopy(backbone.config), (backbone.get_input_embeddings(), backbone.get_output_embeddings())
+    if any(isinstance(m, LoraLayer) for m in ends): config.tie_word_embeddings = False # no longer the same numbers
+    with torch.device('meta'): plain = type(backbone)(config)
+    state = merged_state(backbone, side if is_ratio else 'default', dtype)
+    plain.load_state_dict(state, assign=True, strict=False) # tied weights have two names
+    plain.generation_config = copy.deepcopy(backbone.generation_config)
+    plain.tie_weights()
+    return plain
+
 def export_backbone(
     policy, # An `MTPForCausalLM`; or a ratio critic, of which p+ is saved
     folder, # To make
     tokenizer=None, # Saved with it
 )->Path:
     "Save trunk and head 1 as a plain Hugging Face model."
-    backbone, adapter = policy.backbone, 'correct' if isinstance(policy, RatioModel) else 'default'
-    config, ends = copy.deepcopy(backbone.config), (backbone.get_input_embeddings(), backbone.get_output_embeddings())
-    if any(isinstance(m, LoraLayer) for m in ends): config.tie_word_embeddings = False # no longer the same numbers
-    with torch.device('meta'): plain = type(backbone)(config)
-    plain.load_state_dict(merged_state(backbone, adapter), assign=True, strict=False) # tied weights have two names
-    plain.generation_config = copy.deepcopy(backbone.generation_config)
-    plain.tie_weights()
-    plain.save_pretrained(folder)
+    plain_model(policy).save_pretrained(folder)
     if tokenizer: tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -10,7 +10,7 @@ import ast, json
 from pathlib import Path
 
 from .benchmarks import load_benchmark
-from .evaluation import fingerprint, load_model, own_template
+from .evaluation import load_model, own_template, weights_fingerprint
 from .files import UserError, read_json
 from .model_evaluation import evaluate
 from .stored_files import file_record
@@ -77,16 +77,15 @@ def add_sampled(
     facts = read_json(folder/'dataset.json')
     splits = [s for s in splits if s in facts['splits']]
     if not splits: raise UserError(f"{folder} has neither a split train nor validation to answer.")
-    policy, tokenizer = load_model(model)
+    (policy, tokenizer), of = load_model(model), weights_fingerprint(model)
     how = dict(samples=samples, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=batch_size,
                self_speculative=False, template=own_template(model, tokenizer))
     kept = Path(kept or folder.parent.parent/'downloads/sampled')
     for split in splits:
         problems = load_benchmark(str(folder/f'{split}.problems.jsonl'))
-        found = evaluate(policy, tokenizer, problems, **how, folder=kept, of=fingerprint(model),
-                         name=f'{folder.name}-{split}')
+        found = evaluate(policy, tokenizer, problems, **how, folder=kept, of=of, name=f'{folder.name}-{split}')
         asked = {p['problem_id']: p for p in problems}
         _add_to_split(folder, split, facts['splits'][split], read_lines(Path(found['file'])), asked)
-    facts['sampled'] = dict(model=str(model), of=fingerprint(model), samples=samples, temperature=temperature)
+    facts['sampled'] = dict(model=str(model), of=of, samples=samples, temperature=temperature)
     (folder/'dataset.json').write_text(json.dumps(facts, indent=1))
     return facts

@@ -129,3 +129,28 @@ def test_errors(root, pipeline, overrides, says):
 def test_a_backbone_with_heads_keeps_them(root):
     done = train(root, 'baseline', 'model.backbone=micro-base', 'experiment.name=own', 'model.tuning=full')
     assert 'has heads of its own' in done.stdout
+
+EXPORTED = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from weighted_mtp.models import load_policy
+ids = torch.tensor([[1, 5, 9, 20, 7]])
+policy = load_policy(sys.argv[1])
+adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('base'), 'out/peft')
+merged = AutoModelForCausalLM.from_pretrained('out/transformers')
+with torch.no_grad(): expected, *found = (m(ids).logits for m in (policy, adapted, merged))
+for x in found: torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+"""
+
+def test_an_export_goes_on_the_plain_backbone(root):
+    "Adapters of a policy whose heads learnt first are for the backbone, which peft can load; head 1 is the same."
+    train(root, 'baseline', *LORA, 'experiment.name=exported', 'training.learning_rate=1e-2')
+    checkpoint = 'storage/checkpoints/baseline/exported/checkpoint_best.pt'
+    program = 'import sys; from weighted_mtp.export import wmtp_export; sys.exit(wmtp_export())'
+    for kind in ('peft', 'transformers'):
+        done = run(root, '-c', program, checkpoint, f'out/{kind}', '--as', kind)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((root/'out/peft/adapter_config.json').read_text())['base_model_name_or_path'] == 'base'
+    done = run(root, '-c', EXPORTED, checkpoint)
+    assert done.returncode == 0, done.stderr[-2000:]

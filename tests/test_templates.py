@@ -112,3 +112,14 @@ def test_pictures_show_the_template(root):
     pipeline(root, 'critic', 'dataset.template=chat', *CRITIC, 'experiment.name=pictured', WMTP_RUN_DIR=str(record))
     page = (record/'critic_tokens.html').read_text()
     assert page.count('<table') or page.count('<div')
+
+def test_the_card_of_an_export_shows_the_template(root):
+    program = 'import sys; from weighted_mtp.export import wmtp_export; sys.exit(wmtp_export())'
+    done = run(root, '-c', program, POLICY, 'out', '--as', 'transformers')
+    assert done.returncode == 0, done.stdout + done.stderr
+    card = (root/'out/README.md').read_text()
+    assert '<|user|>{instruction}<|assistant|>' in card and '### Response' not in card
+    assert CHAT in (root/'out/chat_template.jinja').read_text()
+    code = card.split('```python\n')[1].split('```')[0].replace('"out"', f'"{root}/out"')
+    done = run(root, '-c', code)
+    assert done.returncode == 0, done.stderr

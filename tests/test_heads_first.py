@@ -1,4 +1,4 @@
-"""Heads that learn first: made once, used by runs that come later, the same text with drafts and without, on two ranks."""
+"""Heads that learn first: made once, used by later runs, the same text with drafts and without, on two ranks."""
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def test_heads_are_made_once_and_drafts_change_nothing(root):
 
 def test_a_policy_on_them(root):
     "Its checkpoint names the folder with the heads; head 1 is the backbone's, and the heads are not copies any more."
-    from weighted_mtp.models import load_backbone, load_policy, read_checkpoint
+    from weighted_mtp.models import load_backbone, read_checkpoint
     train(root, 'baseline', *LORA, 'experiment.name=on-heads')
     checkpoint = 'storage/checkpoints/baseline/on-heads/checkpoint_best.pt'
     folder, = heads_of(root)
@@ -104,7 +104,8 @@ def test_two_ranks(root):
 
 def test_a_run_that_was_killed_leaves_no_half_of_them(root):
     before, name = set(heads_of(root)), 'killed'
-    words = [w for o in (*SMALL, *LORA, 'training.heads_first=400', f'experiment.name={name}') for w in ('--override', o)]
+    overrides = *SMALL, *LORA, 'training.heads_first=400', f'experiment.name={name}'
+    words = [w for o in overrides for w in ('--override', o)]
     command = [sys.executable, '-m', 'weighted_mtp.pipelines.run_baseline', '--config',
                'configs/baseline/baseline_micro.yaml', *words]
     env = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'}

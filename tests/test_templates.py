@@ -89,7 +89,8 @@ def test_an_evaluation_of_another_template_is_refused(root):
     own = [f'evaluation.checkpoint={POLICY}', 'evaluation.benchmarks=[data/test.problems.jsonl]', 'evaluation.limit=2',
            'evaluation.max_new_tokens=8', 'dataset.embedded=false']
     done = pipeline(root, 'evaluation', *own, code=2)
-    assert 'trained with the template chat, and would be evaluated with alpaca: set dataset.template=chat' in done.stderr
+    said = 'trained with the template chat, and would be evaluated with alpaca: set dataset.template=chat'
+    assert said in done.stderr
     pipeline(root, 'evaluation', *own, 'dataset.template=chat')
     assert 'evaluated with plain' in evaluate(root, POLICY, '--template', 'plain', code=2).stderr
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .config import apply_overrides, quoted
 from .data import DATA_HINT, Sample, encode_prompts, prompt_of, read_solutions
-from .files import UserError, locked, model_folder, read_json
+from .files import UserError, model_folder, read_json
 from .generation import generate
 from .jsonl import check_file
 from .models import MTPForCausalLM, load_backbone

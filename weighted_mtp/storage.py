@@ -154,7 +154,7 @@ def _options():
     d.add_argument('--mutants', type=int, default=0, metavar='N',
                    help='MBPP: add up to N wrong solutions a problem: the correct one with one slip of the kinds '
                    'that people make, found wrong by the tests')
-    d.add_argument('--sampled', metavar='MODEL', 
+    d.add_argument('--sampled', metavar='MODEL',
                    help='add the programs that this checkpoint, or the model in this folder, writes for the '
                    'problems of train and validation, labelled by running them; resumes')
     d.add_argument('--samples', type=int, default=8, metavar='N', help='answers of it to each problem (default: 8)')

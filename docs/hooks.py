@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = dict(config='Config', data='Data', models='Models', training='Training', evaluation='Evaluation',
                launching='Launching', gpu_check='GPU check')
 STUDIES = ['critic', 'compare', 'real', 'memory', 'benchmarks']
-COMMANDS = ['wmtp-launch', 'wmtp-runs', 'wmtp-setup', 'wmtp-evaluate', 'wmtp-sync',
+COMMANDS = ['wmtp-launch', 'wmtp-runs', 'wmtp-setup', 'wmtp-evaluate', 'wmtp-export', 'wmtp-sync',
             'python -m weighted_mtp.pipelines.run_critic', 'python -m weighted_mtp.report']
 
 def notebooks(folder): return sorted((ROOT/'nbs'/folder).glob('**/[0-9r]*.ipynb')) # run_* of the pipelines last

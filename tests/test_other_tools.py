@@ -7,7 +7,7 @@ its Python; WMTP_ALL=1). The packages of this project's own environment do for t
     other/bin/pip install --no-deps evalplus==0.3.1
     WMTP_ALL=1 WMTP_OTHER_TOOLS=other/bin/python python -m pytest tests/test_other_tools.py
 """
-import json, os, random, re, subprocess
+import ast, json, os, random, re, subprocess
 from pathlib import Path
 
 import pytest, torch
@@ -69,10 +69,9 @@ def losses(model, rows): # by `MTPForCausalLM`'s own loss: of lists (ids, number
         labels[:, :given] = -100
         with torch.no_grad(): yield model(x, labels=labels).token_ce[0, given-1:-1, 0].sum().item()
 
-def split(tokenizer, context, answer): # as lm-eval does it: spaces at the end of the context go to the answer
-    stripped = context.rstrip()
-    n = len(tokenizer(stripped)['input_ids'])
-    return tokenizer(context + answer)['input_ids'], n
+def split(tokenizer, context, answer): # as lm-eval does it: a newline that ends the context goes to the answer
+    given = tokenizer(context.rstrip())['input_ids']
+    return given + tokenizer(context + answer)['input_ids'][len(given):], len(given)
 
 def test_lm_eval_has_our_losses(policy, tmp_path):
     "Of complete texts, and of answers after prompts that begin with the tokenizer's first token, as in training."
@@ -115,10 +114,12 @@ def inputs_of(program, name, tests): # the arguments of every call that tests ma
     code = f'{RECORD}\n{program}\n{name} = _recorded({name})\n{tests}\nprint(repr([list(a) for a in _seen]))'
     found = run_program(code, timeout=20.)
     text = found.stdout.strip().splitlines()[-1:]
-    return text[0] if found.passed and text and len(text[0]) < 20_000 else None
+    is_fast = found.seconds < 2 # the two have other time limits
+    return text[0] if found.passed and is_fast and text and len(text[0]) < 20_000 else None
 
-def wrong(code, seed): # the same with one change, which its tests may not see
-    try: return mutate(code, random.Random(seed))
+def wrong(code, name, seed): # a function with one change, which its tests may not see
+    function = next(n for n in ast.parse(code).body if getattr(n, 'name', None) == name)
+    try: return mutate(ast.unparse(function), random.Random(seed))
     except IndexError: return 'pass' # there is nothing to change
 
 def compare(dataset, problems, rows, samples, tmp_path): # statuses by evalplus and by us, problem by problem
@@ -149,11 +150,12 @@ def test_evalplus_scores_humaneval_as_we_do(here, policy, tmp_path, monkeypatch)
         problems.append(dict(facts, inputs=inputs))
         kept.append(p)
         fenced = f'So:\n```python\n{program}```\nDone.'
-        texts += [t['canonical_solution'], fenced, wrong(program, i), '    return None\n']
+        texts += [t['canonical_solution'], fenced, wrong(program, name, i), '    return None\n']
     rows = evaluated(monkeypatch, kept, texts, here/'out', 'humaneval')
     out = export_samples(policy[0], here/'samples', [rows], here/'storage/datasets')
     judged, differ = compare('humaneval', problems, rows, out/'samples.jsonl', tmp_path)
-    assert len(judged) > 150 and differ == {}
+    # evalplus 0.3.1 fails its own reference of HumanEval/32: `find_zero` skips what marks an input as done
+    assert len(judged) > 150 and differ.keys() <= {'HumanEval/32'}
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f'{SHARED} is not there')
 def test_evalplus_scores_mbpp_as_we_do(here, policy, tmp_path, monkeypatch): # noqa: F811
@@ -169,7 +171,7 @@ def test_evalplus_scores_mbpp_as_we_do(here, policy, tmp_path, monkeypatch): # n
         problems.append(dict(task_id='Mbpp/' + p['problem_id'].removeprefix('mbpp/'), prompt='', entry_point=name,
                              canonical_solution=code, inputs=inputs))
         kept.append(p)
-        texts += [code, f'```python\n{code}\n```\nThat is it.', wrong(code, i)]
+        texts += [code, f'```python\n{code}\n```\nThat is it.', f'{code}\n\n{wrong(code, name, i)}']
     rows = evaluated(monkeypatch, kept, texts, here/'out', 'mbpp')
     out = export_samples(policy[0], here/'samples', [rows])
     judged, differ = compare('mbpp', problems, rows, out/'samples.jsonl', tmp_path)

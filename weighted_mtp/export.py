@@ -20,7 +20,7 @@ from .benchmarks import load_benchmark
 from .checkpoint_files import plain_model
 from .export_folder import (POLICY, check_folder, export_folder, kept_evaluations, load_source, open_source,
                                         source_tokenizer, write_card)
-from .files import UserError, nearest, read_json, write_text
+from .files import MICRO_BASE, UserError, nearest, read_json, write_text
 from .jsonl import read_jsonl
 from .model_card import config_of, find_root, usage
 from .models import MTPForCausalLM
@@ -51,7 +51,7 @@ def _set_ends(plain, tokenizer): # what begins, ends and pads a text; sampling s
 def _about(side, n, what): # in the card: which of several language models is there
     if side: return f'{what}: the language model of {side} solutions in a ratio critic.'
     if n == 1: return f'{what}: a policy of one head.'
-    return f'{what}: head 1 of a policy with {n}. Heads 2 to {n}, which only draft, are not in it.'
+    return f'{what}: head 1 of a policy with {n} heads. Heads 2 to {n}, which only draft, are not in it.'
 
 def export_transformers(
     checkpoint, # Of a policy or a ratio critic; or a folder of a model with several heads
@@ -113,8 +113,9 @@ def _check_base(source, config, named): # `named`: where the base is that the ch
     if not (Path(source.base_path)/'config.json').is_file(): return # on the hub: nothing is fetched
     own, name = AutoConfig.from_pretrained(source.base_path), source.base.name
     if own.model_type == POLICY:
+        given = name if name == MICRO_BASE else source.base_path
         raise UserError(f"{name}, the base of {source.path}, has several heads, which peft cannot load. Use --as "
-                        f"transformers; or make a base with: wmtp-export {name} FOLDER --as transformers, and give it "
+                        f"transformers; or make a base with: wmtp-export {given} FOLDER --as transformers, and give it "
                         "with --base FOLDER.")
     for key in ('model_type', 'hidden_size', 'num_hidden_layers', 'vocab_size'):
         a, b = (getattr(c.get_text_config(), key, None) for c in (own, config))

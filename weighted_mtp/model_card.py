@@ -114,7 +114,8 @@ def _code(facts, record): # version and commit
     git = record.get('git') or {}
     changed = ' with uncommitted changes' if git.get('dirty') else ''
     commit = f", git commit {git['commit']}{changed}" if git.get('commit') else ''
-    return f"weighted-mtp {facts.get('code_version', '(version unknown)')}{commit}"
+    version = facts.get('code_version')
+    return f"weighted-mtp {version or '(version unknown)'}{commit}" if version or commit else None
 
 def training_rows(
     facts:dict, # A checkpoint's contents
@@ -275,6 +276,6 @@ def model_card(
     parts = [front_matter(base, library, tags), f'# {title}', about, '## How to use it', how]
     if library: parts.append(_prompt_text(facts))
     parts += ['## Training', _named(training_rows(facts, base, run, record), ('what', 'value'))]
-    parts += ['## Data', _table(data, columns) if data else 'The checkpoint does not say what it was trained on.']
+    parts += ['## Data', _table(data, columns) if data else 'It does not say what it was trained on.']
     parts += ['## Figures', figures(facts, record, evaluations), '## Licence', _licence_text(base)]
     return '\n\n'.join(parts) + '\n'

@@ -28,7 +28,8 @@ if __name__ == '__main__':
             inputs = ast.literal_eval(p.pop('inputs'))
             if dataset == 'mbpp' and not readable(p, inputs): continue
             names.add(p['task_id'])
-            f.write(json.dumps(dict(p, contract='', atol=0, base_input=inputs, plus_input=[])) + '\n')
+            atol = 1e-4 if p['entry_point'] == 'find_zero' else 0 # what HumanEval's own test allows
+            f.write(json.dumps(dict(p, contract='', atol=atol, base_input=inputs, plus_input=[])) + '\n')
     with open(kept, 'w') as f: f.writelines(json.dumps(s) + '\n' for s in lines(samples) if s['task_id'] in names)
     from evalplus.evaluate import evaluate
     evaluate(dataset, kept, base_only=True, parallel=2, min_time_limit=5.)

@@ -37,20 +37,19 @@ def _prompts(path, config, tokenizer): # of the problems in a file of solutions,
     rows = read_solutions(path)
     return list(dict.fromkeys(prompt_of(r, config.dataset.template, tokenizer) for r in rows))
 
-def _answer(model, tokenizer, jobs, max_length, done): # [(prompt, number)] -> rows; `done` is called with their number
-    rows, size = [], 64
-    for i in range(0, len(jobs), size):
-        part = jobs[i:i+size]
-        for greedy in (True, False):
-            some = [j for j in part if (j[1] == 0) == greedy]
-            sampled = dict(temperature=TEMPERATURE, top_p=.95, seed=[number for _, number in some])
-            how = dict(temperature=0.) if greedy else sampled
-            prompts = [p for p, _ in some]
-            made = generate(model, tokenizer, prompts, max_length//2, self_speculative=False, **how) if some else []
-            for ids, g in zip(encode_prompts(prompts, tokenizer), made):
-                ended = [tokenizer.eos_token_id] if g.reason == 'eos' else []
-                rows.append(dict(prompt=ids, answer=g.ids + ended))
-        done(len(part))
+_SIZE = 64 # answers at a time
+
+def _answer(model, tokenizer, jobs, max_length, done): # [(prompt, seed)] -> rows; `done` is called with their number
+    greedy = [j for j in jobs if j[1] is None]
+    sampled, rows = [j for j in jobs if j[1] is not None], []
+    for some in (x[i:i+_SIZE] for x in (greedy, sampled) for i in range(0, len(x), _SIZE)):
+        prompts, seeds = zip(*some)
+        how = dict(temperature=0.) if seeds[0] is None else dict(temperature=TEMPERATURE, top_p=.95, seed=list(seeds))
+        made = generate(model, tokenizer, list(prompts), max_length//2, self_speculative=False, **how)
+        for ids, g in zip(encode_prompts(prompts, tokenizer), made):
+            ended = [tokenizer.eos_token_id] if g.reason == 'eos' else []
+            rows.append(dict(prompt=ids, answer=g.ids + ended))
+        done(len(some))
     return rows
 
 def own_answers(
@@ -65,7 +64,7 @@ def own_answers(
     lengths = [len(x) for x in encode_prompts(prompts, tokenizer)]
     prompts = [p for p, length in zip(prompts, lengths) if length < max_length]
     if not prompts: raise UserError(f"No prompt leaves room for an answer in dataset.max_length = {max_length} tokens.")
-    jobs = [(prompts[i % len(prompts)], i//len(prompts) and seed + i) for i in range(n)]
+    jobs = [(prompts[i % len(prompts)], None if i < len(prompts) else seed + i) for i in range(n)]
     mine = sorted(jobs[state.process_index::state.num_processes], key=lambda j: len(j[0]))
     with tqdm(total=len(mine), desc="the backbone's own answers", disable=not is_main()) as bar:
         rows = gather_object(_answer(model, tokenizer, mine, max_length, bar.update))

@@ -6,7 +6,7 @@ os.environ['GIT_ALLOW_PROTOCOL'] = 'file' # a plan may ask the site's repository
 os.environ.setdefault('WMTP_TRACE', '0')
 
 LONGEST = ('distributed', 'pod', 'training', 'vessl', 'evaluation', 'resume', 'storage', 'remote', 'estimate', 'launch',
-           'losses', 'sandbox', 'families')
+           'losses', 'heads_first', 'sandbox', 'export', 'families', 'templates')
 
 def pytest_collection_modifyitems(items):
     places = {f'test_{name}.py': i for i, name in enumerate(LONGEST)}

@@ -14,14 +14,15 @@ from types import SimpleNamespace
 
 from omegaconf import OmegaConf
 
-from .files import MICRO_BASE, UserError, model_folder, project_root, read_json
+from .files import UserError, model_folder, project_root, read_json
 from .schema import BY_CRITIC
 
 # %% ../nbs/models/12_model_sizes.ipynb #44c877ab
 VOCAB = 1024 # tokens of the embedded tokenizer, at most
 KNOWN = { # size in a name -> shape
     r'2\.7b': dict(name='Sheared-LLaMA 2.7B', D=2560, layers=32, heads=20, ffn=6912, vocab=32000),
-    r'(?<![\d.])7b': dict(name='Meta MTP 7B', D=4096, layers=29, heads=32, ffn=11008, vocab=32000)}
+    r'(?<![\d.])7b': dict(name='Meta MTP 7B', D=4096, layers=29, heads=32, ffn=11008, vocab=32000),
+    r'smollm2-135m': dict(name='SmolLM2-135M', D=576, layers=30, heads=9, kv_heads=3, ffn=1536, vocab=49152, tied=True)}
 
 def make_shape(name, D, layers, heads, ffn, vocab, kv_heads=None, head_dim=None, tied=False):
     "An `architecture` from its numbers."
@@ -160,8 +161,8 @@ def other_model(
     if c.pipeline == 'verifiable' and c.training.weighting not in BY_CRITIC: return None
     e = c.experiment
     path = e.critic_checkpoint if c.pipeline == 'verifiable' else e.reference_checkpoint
-    known, is_small = shape_of_checkpoint(path or ''), c.model.backbone in ('micro', MICRO_BASE)
-    return known or (a if is_small else make_shape(**KNOWN[r'2\.7b']))
+    usual = a, make_shape(**KNOWN[r'2\.7b']) # the backbone's size, or the production critic's: the smaller
+    return shape_of_checkpoint(path or '') or min(usual, key=inference_parameters)
 
 def inference_parameters(a):
     "Of a model without further heads, or of both copies of a ratio critic; adapters are too small to count."

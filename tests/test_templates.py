@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import warm
+from weighted_mtp.schema import TEMPLATES
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = ['model.backbone=backbone', 'dataset.embedded=false', 'dataset.train=data/train.jsonl', 'dataset.test=null',
@@ -113,6 +114,12 @@ def test_pictures_show_the_template(root):
     pipeline(root, 'critic', 'dataset.template=chat', *CRITIC, 'experiment.name=pictured', WMTP_RUN_DIR=str(record))
     page = (record/'critic_tokens.html').read_text()
     assert page.count('<table') or page.count('<div')
+    from transformers import AutoTokenizer
+    from weighted_mtp.critic import load_critic, picture_of_pair
+    critic = load_critic(root/'storage/checkpoints/critic/pictured/checkpoint_best.pt')
+    pictures = {template: picture_of_pair(critic, AutoTokenizer.from_pretrained(root/'backbone'),
+                                          root/'data/validation.jsonl', 256, 0, template) for template in TEMPLATES}
+    assert {template for template, x in pictures.items() if x in page} == {'chat'}
 
 def test_the_card_of_an_export_shows_the_template(root):
     program = 'import sys; from weighted_mtp.export import wmtp_export; sys.exit(wmtp_export())'

@@ -55,16 +55,16 @@ def _answer(model, tokenizer, jobs, max_length, done): # [(prompt, seed)] -> row
 def own_answers(
     model, tokenizer, # A causal language model, and its own
     prompts:list, # Texts
-    n:int, # Answers wanted
+    n:int|None, # Answers wanted; None: one to each prompt
     max_length:int, # Prompt and answer together, in tokens; the longer ones are cut
     seed:int=0,
-)->list[Sample]: # As many; the first of each prompt greedy. Collective: ranks share the work and all get all
+)->list[Sample]: # The first of each prompt greedy. Collective: ranks share the work and all get all
     "What a model writes, as samples to learn from."
     state = PartialState()
     lengths = [len(x) for x in encode_prompts(prompts, tokenizer)]
     prompts = [p for p, length in zip(prompts, lengths) if length < max_length]
     if not prompts: raise UserError(f"No prompt leaves room for an answer in dataset.max_length = {max_length} tokens.")
-    jobs = [(prompts[i % len(prompts)], None if i < len(prompts) else seed + i) for i in range(n)]
+    jobs = [(prompts[i % len(prompts)], None if i < len(prompts) else seed + i) for i in range(n or len(prompts))]
     mine = sorted(jobs[state.process_index::state.num_processes], key=lambda j: len(j[0]))
     with tqdm(total=len(mine), desc="the backbone's own answers", disable=not is_main()) as bar:
         rows = gather_object(_answer(model, tokenizer, mine, max_length, bar.update))
@@ -129,12 +129,12 @@ def train_heads(
     config, # A loaded config
     tokenizer, model, # A policy on a backbone
     answers, held_out, # Samples, from `own_answers`
-): # (trainer, curve: `acceptance` by step). Collective: call on all ranks
+): # A trainer, whose objective holds `curve`: `acceptance` by step. Collective: call on all ranks
     "Train the extra heads of a policy."
     steps = config.training.heads_first
     own = apply_overrides(config, [f'training.max_steps={steps}', f'training.learning_rate={LEARNING_RATE}'])
     objective = HeadsObjective(own, tokenizer, model, answers, held_out)
-    return fit(objective, own, stage='heads'), objective.curve
+    return fit(objective, own, stage='heads')
 
 # %% ../nbs/training/27_heads_first.ipynb #c4f32ae8
 def heads_folder(
@@ -171,13 +171,14 @@ def _make_heads(config, folder, tokenizer, backbone):
     # Over several ranks the backbone has no weights yet, and answers need all of them on each
     writer = load_backbone(config.model.backbone, compute_dtype(config.model)) if is_distributed() else backbone
     own = partial(own_answers, writer.to(PartialState().device).eval(), tokenizer, max_length=d.max_length, seed=t.seed)
-    answers, judged = own(prompts, n*PartialState().num_processes), own(held_out, min(HELD_OUT, len(held_out)))
+    answers, judged = own(prompts, n*PartialState().num_processes), own(held_out[:HELD_OUT], None)
     del writer, own
     facts = dict(backbone=config.model.backbone, n_future_tokens=config.model.n_future_tokens, steps=t.heads_first,
                  template=d.template, answers=len(answers), tokens=sum(s.n_response for s in answers),
                  seconds=dict(answers=time.monotonic() - start))
     model = MTPForCausalLM.from_backbone(backbone, config.model.n_future_tokens)
-    trainer, facts['curve'] = train_heads(config, tokenizer, model, answers, judged)
+    trainer = train_heads(config, tokenizer, model, answers, judged)
+    facts['curve'] = trainer.objective.curve
     facts['seconds']['all'], state = time.monotonic() - start, full_state_dict(trainer.model)
     if is_main():
         with new_folder(folder) as part: _save(part, config, tokenizer, state, facts, held_out)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import chunked
 from tqdm.auto import tqdm
 
 # %% ../nbs/data/23_own_labels.ipynb #653a2c4a
@@ -104,7 +105,7 @@ class Labeller:
     def to_run(self, p): # texts of a problem
         return [text for text, label in p.solutions if p.tests and (self.check or label is None)]
 
-    def _keys(self, p): # text -> key
+    def keys(self, p): # text -> key
         tests = tests_key(p.tests, self.timeout, self.packages)
         return {text: result_key(text, tests) for text in self.to_run(p)}
 
@@ -124,16 +125,13 @@ def _label(labeller, p, keys): # the problem with those of its solutions that ha
     labeller.count['problems none of whose solutions passes'] += bool(passed) and not any(passed)
     return replace(p, solutions=out)
 
-def _parts(items, n): # `itertools.batched`, which Python 3.11 lacks
-    return [items[i:i+n] for i in range(0, len(items), n)]
-
 def _finish(labeller, batch, bar): # run what is not known of some problems
     jobs = {key: (p, text) for _, p, keys in batch for text, key in keys.items()}
     new = {key: job for key, job in jobs.items() if key not in labeller.kept.results}
     n = sum(len(keys) for _, _, keys in batch)
     labeller.known += n - len(new)
     bar.update(n - len(new))
-    for keys in _parts([*new], labeller.at_once): # a problem may have thousands of solutions
+    for keys in chunked(new, labeller.at_once): # a problem may have thousands of solutions
         found = _run([new[k] for k in keys], labeller.timeout, labeller.packages)
         labeller.kept.add(dict(zip(keys, found)))
         bar.update(len(keys))
@@ -148,7 +146,7 @@ def label_problems(
     batch, waiting = [], 0
     with tqdm(total=total, desc='running tests', unit='solution', disable=not total, leave=False) as bar:
         for split, p in problems:
-            batch.append((split, p, keys := labeller._keys(p)))
+            batch.append((split, p, keys := labeller.keys(p)))
             waiting += sum(key not in labeller.kept.results for key in keys.values())
             if 0 < waiting < labeller.at_once and len(batch) < 200: continue # tests may be megabytes
             yield from _finish(labeller, batch, bar)

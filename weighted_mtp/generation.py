@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria, set_seed
+from transformers import Cache, DynamicLayer, StoppingCriteriaList, StopStringCriteria, set_seed
 
 import weighted_mtp.drafting # noqa: F401 gives `MTPForCausalLM.generate` its `use_mtp`
 from .data import encode_prompts
@@ -140,6 +140,22 @@ def writes_in_batches(
     dense = last_block_window(c) is None and kinds == {'full_attention'}
     return dense and (special is None or special.to_diff_dict().keys() <= _PLAIN)
 
+class _LayerWithRoom(DynamicLayer): # concatenation would copy all keys and values for each new token
+    room, buffers = 64, None # tokens
+    def update(self, keys, values, *args, **kw):
+        if not self.is_initialized: self.lazy_initialization(keys, values)
+        n, T = self.get_seq_length(), self.get_seq_length() + keys.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < T:
+            old = (self.keys, self.values) if n else (keys[:, :, :0], values[:, :, :0])
+            self.buffers = [F.pad(x, (0, 0, 0, T - n + self.room)) for x in old]
+        for buffer, x in zip(self.buffers, (keys, values)): buffer[:, :, n:T] = x
+        self.keys, self.values = (x[:, :, :T] for x in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.buffers = None
+        super().batch_select_indices(indices)
+
 class OpenRows:
     "Rows of a batch that are not finished: their cache, positions, and logits of the next token."
     def __init__(self,
@@ -147,7 +163,8 @@ class OpenRows:
         ids:list, # Prompts' tokens; equal ones are read once
         pad:int, # Stands on the left, and is masked
     ):
-        self.model, self.cache, device = model, DynamicCache(), next(model.parameters()).device
+        self.model, device = model, next(model.parameters()).device
+        self.cache = Cache(layer_class_to_replicate=_LayerWithRoom)
         once = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, ids)))}
         T = max(map(len, once))
         self.mask = torch.tensor([[0]*(T - len(row)) + [1]*len(row) for row in once], device=device)

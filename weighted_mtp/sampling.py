@@ -54,19 +54,28 @@ def _matched(group, correct, tokens, rng): # positions (N, 2) of partners in the
     order = where[np.lexsort((chance[where], tokens[where], group[where]))]
     return np.stack([order[correct[order]], order[~correct[order]]], 1)
 
+def _copies(group, correct): # of each item, so that no group has fewer correct than wrong ones
+    right, wrong = (np.bincount(group[kind], minlength=group.max() + 1) for kind in (correct, ~correct))
+    return np.where(correct, np.maximum(1, -(-wrong//np.maximum(1, right)))[group], 1)
+
 def make_pairs(
     index, # An `Index`
     use, # bool, one a solution: those that may take part
     seed:int=42,
     max_per_problem:int=50,
     length_balanced:bool=True, # Match only within one length bin
+    reuse_correct:bool=False, # A correct solution may stand in several pairs, each with another wrong one
 )->np.ndarray: # int (N, 2): a correct and a wrong solution, as positions in the index, grouped by problem
-    "All pairs that may be drawn, none of them sharing a solution."
+    "All pairs that may be drawn, none of them sharing a wrong solution."
     rng, at = np.random.default_rng(seed), np.flatnonzero(use)
     if not len(at): return np.empty((0, 2), int)
     problem, tokens = index.problem[at].astype(np.int64), index.tokens[at]
     group = problem*64 + (2*np.log2(tokens)).astype(int) if length_balanced else problem
-    pairs = at[_matched(np.unique(group, return_inverse=True)[1], index.correct[at], tokens, rng)]
+    group = np.unique(group, return_inverse=True)[1]
+    if reuse_correct:
+        copies = _copies(group, index.correct[at])
+        at, group, tokens = (np.repeat(x, copies) for x in (at, group, tokens))
+    pairs = at[_matched(group, index.correct[at], tokens, rng)]
     return pairs[_rank(index.problem[pairs[:, 0]], rng.random(len(pairs))) < max_per_problem]
 
 # %% ../nbs/data/04_sampling.ipynb #aae7a371
@@ -163,7 +172,7 @@ def load_pairs(
     s, d = config.data_sampling, config.dataset
     corpus, use, lengths = _open_usable(path, tokenizer, config, d.blind)
     index = corpus.index
-    pairs = make_pairs(index, use, s.seed, s.max_pairs_per_problem, s.length_balanced)
+    pairs = make_pairs(index, use, s.seed, s.max_pairs_per_problem, s.length_balanced, s.reuse_correct)
     pairs, alike = _drop_alike(pairs, corpus, lengths)
     drawn, epochs = draw_epochs(index.difficulty[index.problem[pairs[:, 0]]], s, n)
     dropped = describe_unused(index, d.max_length, d.too_long) + alike

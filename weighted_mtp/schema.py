@@ -59,6 +59,8 @@ class DataSampling:
     # What a policy learns from: correct solutions, or all (wrong ones too, as a language model is pretrained)
     solutions: str = setting('correct', choices=('correct', 'all'))
     length_balanced: bool = True # critic: pairs within one length bin, so that length does not give the answer away
+    # critic: each wrong solution has its pair, also where there are fewer correct ones; false: no solution has two
+    reuse_correct: bool = False
     # Bins of difficulty, both ends inclusive; difficulty 0 (unknown) is left out
     difficulty_bins: list[list[int]] = setting([[1, 7], [8, 15], [16, 25]], '[0, 32767]')
     difficulty_weights: list[float] = setting([1., 1., 1.], '[0, 1e6]') # Share of each bin, before normalising

@@ -1477,6 +1477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'weighted_mtp.loop._pack_models': ('training/loop.html#_pack_models', 'weighted_mtp/loop.py'),
                                    'weighted_mtp.loop._progress_bar': ('training/loop.html#_progress_bar', 'weighted_mtp/loop.py'),
                                    'weighted_mtp.loop.evaluate': ('training/loop.html#evaluate', 'weighted_mtp/loop.py'),
+                                   'weighted_mtp.loop.final_metrics': ('training/loop.html#final_metrics', 'weighted_mtp/loop.py'),
                                    'weighted_mtp.loop.log': ('training/loop.html#log', 'weighted_mtp/loop.py'),
                                    'weighted_mtp.loop.log_training': ('training/loop.html#log_training', 'weighted_mtp/loop.py'),
                                    'weighted_mtp.loop.make_trainer': ('training/loop.html#make_trainer', 'weighted_mtp/loop.py'),

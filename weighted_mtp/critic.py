@@ -22,6 +22,7 @@ from .data import collate_pairs, encode_solutions, read_solutions, tokenizer_fac
 from .files import UserError, write_text
 from .first_error import first_error_parts, mean_risk, programs_known
 from .first_wrong import with_first_wrong
+from .loop import final_metrics
 from .losses import pairwise_loss, value_loss
 from .models import (ValueModel, build_first_error_model, build_ratio_model, build_value_model,
                                  load_critic_model)
@@ -288,7 +289,7 @@ def run_critic(
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
         def note(metrics): result['metrics'] |= {f'{split}/{k}': v for k, v in metrics.items()}
-        note(objective.evaluate(trainer, split))
+        note(final_metrics(trainer, split))
         if record_dir(): _write_programs(objective, split)
         if config.critic.blind_yardstick: note(_blind_metrics(config, split))
         result['pictures'] += _write_picture(objective, trainer, getattr(config.dataset, split))

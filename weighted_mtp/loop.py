@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Window', 'Trainer', 'make_trainer', 'optimizer_steps', 'log', 'reading_speed', 'log_training', 'evaluate',
-           'note_best', 'skip_step', 'on_sigterm', 'train']
+           'final_metrics', 'note_best', 'skip_step', 'on_sigterm', 'train']
 
 # %% ../nbs/training/06_loop.ipynb #dc50deb8
 import math, signal, threading, time
@@ -65,6 +65,7 @@ class Trainer:
     step: int = 0 # Optimizer steps done
     metrics: dict = field(default_factory=dict) # Of the last validation
     evaluated_at: int = None # Its step
+    evaluated_here: int = None # The same, by this process: what `objective` keeps of it is at hand
     best_metric: float = None # So far
     best_step: int = None
     bad_steps: int = 0 # Steps left out, in a row
@@ -208,8 +209,17 @@ def log_training(
 def evaluate(trainer)->dict:
     "The objective's metrics on the validation data, logged as `eval/…`. Collective: call on all ranks."
     trainer.metrics, trainer.evaluated_at = trainer.objective.evaluate(trainer, 'validation'), trainer.step
+    trainer.evaluated_here = trainer.step
     log(trainer, {f'eval/{k}': v for k, v in trainer.metrics.items()})
     return trainer.metrics
+
+def final_metrics(
+    trainer, # After training, its model with the best weights
+    split:str, # validation | test
+)->dict:
+    "Metrics of the best weights; the last validation's, where it was of these. Collective: call on all ranks."
+    known = split == 'validation' and trainer.evaluated_here == trainer.best_step == trainer.step
+    return trainer.metrics if known else trainer.objective.evaluate(trainer, split)
 
 def note_best(trainer)->bool:
     "Whether the last validation is the best so far, which is then kept in mind."

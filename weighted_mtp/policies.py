@@ -10,6 +10,7 @@ import json, os, time
 
 from .files import UserError, write_text
 from .heads_first import with_heads
+from .loop import final_metrics
 from .policy_objective import PolicyObjective, token_texts
 from .pictures import write_page
 from .rho1 import Rho1Objective
@@ -74,7 +75,7 @@ def run_policy(
         result['seconds'][config.pipeline] = time.monotonic() - start
         result['checkpoints'] |= finish(trainer)
         split = 'test' if 'test' in objective.splits else 'validation'
-        result['metrics'] |= {f'{split}/{k}': v for k, v in objective.evaluate(trainer, split).items()}
+        result['metrics'] |= {f'{split}/{k}': v for k, v in final_metrics(trainer, split).items()}
         if os.environ.get('WMTP_RUN_DIR') and hasattr(objective, 'picture'):
             result['pictures'] += _write_pictures(objective, trainer, split)
         print_metrics(result['metrics'])
